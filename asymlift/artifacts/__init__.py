@@ -1,0 +1,1 @@
+"""The files that asymlift writes and reads: safetensors and JSON, never pickle."""

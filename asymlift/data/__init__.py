@@ -1,0 +1,1 @@
+"""Shards of images, captions, latents and text embeddings."""

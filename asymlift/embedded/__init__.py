@@ -1,0 +1,24 @@
+"""The tiny model that ships with asymlift, so that every command runs on a CPU in minutes.
+
+`tiny` is a complete FLUX.2-klein pipeline folder for 32 x 32 scenes (scenes.py). Its VAE is
+DELIBERATELY WEAK: trained short, it loses textures and letters, so a pixel model finetuned from it
+beats it clearly. That shows the machinery; it is no evidence about real VAEs. For an honest
+comparison use `tiny-good-vae`: same data, same sizes, a VAE trained until it stopped being the limit.
+
+`python -m asymlift.embedded.build OUT_DIR` makes all of it again from a seed.
+"""
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+MODELS = {"tiny": HERE / "tiny", "tiny-good-vae": HERE / "tiny-good-vae"}
+PERCEPTUAL_NET = HERE / "feature_nets" / "perceptual.safetensors"  # may enter a loss
+METRICS_NET = HERE / "feature_nets" / "metrics.safetensors"  # must never enter a loss
+
+IMAGE_SIZE = 32
+TEXT_LENGTH = 12  # max_sequence_length for encode_prompt: 9 words, start, end, one spare
+
+# Pixel statistics over 4096 scenes; the basis is fitted on (image - mean) / std, image in [0, 1].
+PIXEL_MEAN = (0.411, 0.411, 0.411)
+PIXEL_STD = 0.2467

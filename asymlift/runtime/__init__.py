@@ -1,0 +1,1 @@
+"""Processes, engines, logs: how a stage runs, not what it computes."""
