@@ -1,0 +1,424 @@
+"""A recipe: one YAML file that describes a port from end to end.
+
+Sections are frozen and refuse unknown keys. YAML is read without aliases, duplicate keys or
+surprise types: `1e-4` is a number, `no` is a string, `1:30` is a string.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from asymlift.errors import BadRecipe
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Patterns = str | list[str]
+
+
+class Section(BaseModel):
+    """A block of a recipe: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """The latent model that is ported."""
+
+    base: str  # a diffusers folder, or `embedded:NAME` for a model inside the package
+    family: str = "auto"  # a name, or package.module:FAMILY
+    text_length: PositiveInt | None = None  # tokens per caption; None is the pipeline's own
+
+
+class DataSection(Section):
+    """Shards of images, captions, latents and text embeddings."""
+
+    train: Patterns
+    validation: Patterns | None = None
+    text: Literal["cached", "online"] = "cached"
+    caption_dropout: Share = 0.0  # the published run drops none
+    max_bad_fraction: Share = 0.01
+    workers: NonNegativeInt = 4
+
+
+class ColorSection(Section):
+    """The colour space that the pixel model works in, affinely normalised (method, section 6)."""
+
+    space: Literal["rgb", "oklab"] = "oklab"
+    mean: tuple[float, float, float] | Literal["fit"] = (0.56, 0.0, 0.01)  # published, for Oklab
+    std: PositiveFloat | Literal["fit"] = 0.16
+
+    @model_validator(mode="before")
+    @classmethod
+    def lists_are_tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("mean"), list):
+            values = {**values, "mean": tuple(float(number) for number in values["mean"])}
+        return values
+
+    @model_validator(mode="after")
+    def fit_both_or_neither(self) -> Self:
+        if (self.mean == "fit") != (self.std == "fit"):
+            raise ValueError("mean and std are both numbers, or both `fit`")
+        return self
+
+
+class BasisSection(Section):
+    """How the pixel subspace is found. Patch, rank, D and d come from the checkpoint."""
+
+    method: Literal["procrustes", "pca"] = "procrustes"
+    images: PositiveInt = 1000  # as published
+    holdout: PositiveInt = 200
+    tokens_per_image: PositiveInt | None = None  # None: all of them
+
+
+class LoraSection(Section):
+    """Low-rank adapters on the frozen trunk. Published: rank 256, alpha 256, dropout 0.05."""
+
+    rank: PositiveInt = 256
+    alpha: PositiveFloat = 256.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: Literal["family"] | list[str] = "family"  # module paths; `*` stands for one level
+
+
+class TrainSection(Section):
+    """What trains: adapters, and modules that train in full."""
+
+    lora: LoraSection | None = LoraSection()
+    modules: list[str] = ["first", "last", "final_norm"]  # these words, or module paths
+
+    @model_validator(mode="after")
+    def trains_something(self) -> Self:
+        if self.lora is None and not self.modules:
+            raise ValueError("nothing trains: give `lora`, `modules`, or `train: full`")
+        return self
+
+
+PERCEPTUAL_NETS = Literal["vgg", "alex", "squeeze", "embedded"]
+
+
+class PerceptualSection(Section):
+    """The LPIPS correction. Weight 1 against a flow weight of 10, as published."""
+
+    net: PERCEPTUAL_NETS = "vgg"
+    weight: PositiveFloat = 1.0
+    weights: str | None = None  # torchvision's file of the backbone; None: torch hub's cache
+    # `random` is a choice that has to be made by name: random features teach nothing
+
+    @model_validator(mode="after")
+    def embedded_brings_its_weights(self) -> Self:
+        if self.net == "embedded" and self.weights is not None:
+            raise ValueError("net `embedded` brings its own weights: leave `weights` out")
+        return self
+
+
+class LossSection(Section):
+    """Flow matching, with the control variate and the perceptual correction (method, section 5)."""
+
+    kind: Literal["variance_reduced", "flow"] = "variance_reduced"
+    reference: Literal["shared", "copy"] = "shared"  # `copy` holds the whole model twice
+    shift: NonNegativeFloat = 0.3  # h: how fast the correction fades with noise
+    weight: PositiveFloat = 10.0
+    sigma_clamp: PositiveFloat = 0.05
+    control_floor: PositiveFloat = 1e-4
+    student_floor: PositiveFloat = 1e-6
+    reference_floor: PositiveFloat = 1e-4
+    perceptual: PerceptualSection | None = PerceptualSection()
+
+
+class TimeSection(Section):
+    """How noise levels are drawn. Published: shift 17 at one megapixel."""
+
+    kind: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    shift: PositiveFloat = 17.0
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+    mode_scale: float = 1.29  # of `mode` only
+
+
+class OptimizerSection(Section):
+    """AdamW, as published but in 32 bits."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    lr_scale: dict[str, PositiveFloat] = {"last": 10.0}  # by the words of `train.modules`, or lora
+
+    @model_validator(mode="before")
+    @classmethod
+    def lists_are_tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            values = {**values, "betas": tuple(float(number) for number in values["betas"])}
+        return values
+
+
+class ScheduleSection(Section):
+    """The learning rate over the run, a pure function of the step."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: NonNegativeInt = 100
+    decay_from: Share = 0.0  # `linear` and `cosine` fall from this share of the run on
+    floor: Share = 0.0  # the last learning rate, as a share of the first
+
+
+class ClipSection(Section):
+    """Gradient clipping by the global norm."""
+
+    norm: PositiveFloat = 200.0
+    from_step: NonNegativeInt = 100
+
+
+class EmaSection(Section):
+    """Average of what trains, in float32. Karras: (1 - 1/(n+1))^(gamma+1) after `from_step`."""
+
+    kind: Literal["karras", "constant"] = "karras"
+    gamma: PositiveFloat = 7.0
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    from_step: NonNegativeInt = 100
+
+
+class ZeroSection(Section):
+    """DeepSpeed ZeRO: 0 plain data parallel, 1 optimizer, 2 and gradients, 3 and weights."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+
+
+class CheckpointSection(Section):
+    """When training state is saved, and which saves stay."""
+
+    every: PositiveInt = 250
+    keep: PositiveInt = 2
+    milestone: PositiveInt | None = 1000  # multiples of this stay for ever
+
+
+class PreviewSection(Section):
+    """Pictures while training: base, lifted and now, from the same noise."""
+
+    every: PositiveInt = 250
+    prompts: list[str] | str = ["a photograph of a cat on a wooden table"]  # or a text file
+    steps: PositiveInt = 32
+    guidance: NonNegativeFloat = 4.0
+
+
+class FinetuneSection(Section):
+    """One finetuning run."""
+
+    seed: int = 0
+    steps: PositiveInt = 15000
+    batch: PositiveInt = 256  # global
+    micro_batch: PositiveInt = 8  # per rank and forward
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    train: Literal["full"] | TrainSection = TrainSection()
+    loss: LossSection = LossSection()
+    time: TimeSection = TimeSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    clip: ClipSection | None = ClipSection()
+    ema: EmaSection | None = EmaSection()
+    zero: ZeroSection = ZeroSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    preview: PreviewSection | None = None
+    timeout: PositiveInt = 600  # seconds that a rank waits for the others
+
+    @model_validator(mode="after")
+    def batch_divides(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def reference_exists(self) -> Self:
+        reduced = self.loss.kind == "variance_reduced"
+        if self.train == "full" and reduced and self.loss.reference == "shared":
+            raise ValueError(
+                "train: full leaves no frozen weights to share with the reference; set "
+                "loss.reference: copy (holds the model twice) or loss.kind: flow"
+            )
+        if self.loss.reference == "copy" and (self.train != "full" or not reduced):
+            raise ValueError(
+                "loss.reference: copy is for train: full with loss.kind: variance_reduced; "
+                "elsewhere the reference shares the frozen weights"
+            )
+        return self
+
+
+class SampleSection(Section):
+    """How pictures are made."""
+
+    solver: Literal["euler", "heun", "unipc"] = "unipc"
+    steps: PositiveInt = 38
+    guidance: NonNegativeFloat = 4.0
+    orthogonal: NonNegativeFloat = 1.0
+    clamp: bool = True
+    shift: PositiveFloat | Literal["sqrt_pixels", "base"] = "sqrt_pixels"
+    height: PositiveInt = 1024
+    width: PositiveInt = 1024
+    batch: PositiveInt = 4
+    seed: int = 0
+
+
+def plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"`{name}` becomes a folder: use letters, digits, dot, dash, underscore")
+    return name
+
+
+class Recipe(Section):
+    """A port from end to end; each command reads its part."""
+
+    name: Annotated[str, AfterValidator(plain_name)]
+    runs: str = "runs"  # the folder above runs/NAME
+    model: ModelSection
+    data: DataSection
+    color: ColorSection = ColorSection()
+    basis: BasisSection = BasisSection()
+    finetune: FinetuneSection = FinetuneSection()
+    sample: SampleSection = SampleSection()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's core types only; aliases and duplicate keys are errors."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"line {mark.line + 1}: aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} is no word")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: `{key}` is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for tag, pattern, first in [
+    ("bool", r"true|false", "tf"),
+    ("null", r"null|~|", "n~\0"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+]:
+    StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"), list(first)
+    )
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
+StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+StrictLoader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadRecipe(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"{path}: cannot be read: {error}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise BadRecipe(f"{path}: a recipe is a mapping of sections, not {type(values).__name__}")
+    for override in overrides:
+        apply_override(values, override)
+    return check_recipe(values, str(path))
+
+
+def check_recipe(values: dict[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise BadRecipe("\n".join(readable(error, source))) from None
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise BadRecipe(f"{source}: {' '.join(str(error).split())}") from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one value, in place; sections that are missing are made."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise BadRecipe(f"--set {override}: expected section.key=value")
+    inner = values
+    for key in keys[:-1]:
+        if not isinstance(inner.get(key), dict):
+            inner[key] = {}
+        inner = inner[key]
+    inner[keys[-1]] = parse_yaml(text, f"--set {override}")
+
+
+def readable(error: ValidationError, source: str) -> Iterator[str]:
+    """At most three lines, one per mistake."""
+    mistakes = error.errors()
+    for mistake in mistakes[:3]:
+        location = [str(part) for part in mistake["loc"] if not is_union_branch(str(part))]
+        where = ".".join(location)
+        if mistake["type"] == "extra_forbidden":
+            yield f"{source}: unknown key `{where}`{suggestion(location)}"
+        elif mistake["type"] == "missing":
+            yield f"{source}: `{where}` is missing"
+        else:
+            said = mistake["msg"].removeprefix("Value error, ")
+            given = mistake["input"]
+            shown = "" if isinstance(given, dict | BaseModel) else f" (given: {given!r})"
+            yield f"{source}: {where + ': ' if where else ''}{said[0].lower()}{said[1:]}{shown}"
+    if len(mistakes) > 3:
+        yield f"{source}: and {len(mistakes) - 3} more"
+
+
+def is_union_branch(part: str) -> bool:
+    """Pydantic names the member of a union in the location; a recipe has no such key."""
+    return part.endswith("Section") or "[" in part or part in {"str", "float", "int"}
+
+
+def suggestion(location: list[str]) -> str:
+    """What the writer may have meant, among the keys of that section."""
+    section: type[BaseModel] | None = Recipe
+    for key in location[:-1]:
+        if section is None or key not in section.model_fields:
+            return ""
+        section = section_of(section.model_fields[key].annotation)
+    if section is None:
+        return ""
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(known)}"
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    for choice in (annotation, *get_args(annotation)):
+        if isinstance(choice, type) and issubclass(choice, BaseModel):
+            return choice
+    return None
