@@ -1,0 +1,38 @@
+"""The rank-asymmetric velocity, calibrated and turned back into the full one.
+
+B batch, N tokens, D pixel token width, d rank. sigma is (B, 1, 1), or anything that broadcasts.
+"""
+
+from torch import Tensor
+
+
+def project(x: Tensor, A: Tensor) -> Tensor:
+    """P x, the part of x inside the subspace. P itself is never built."""
+    return (x @ A) @ A.T
+
+
+def calibrate(sigma: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return (k, tau): the gain on the input and the noise level the network is told.
+
+    Chosen so that, inside the subspace, k * x_t is exactly (1 - tau) * z0 + tau * noise.
+    """
+    k = 1 / (sigma + s * (1 - sigma))  # in this order sigma = 1 gives k = tau = 1 to the last bit
+    return k, k * sigma
+
+
+def asymmetric_target(x0: Tensor, eps: Tensor, A: Tensor, s: float | Tensor) -> Tensor:
+    """u_a = P eps - x0 / s: all of the image, but only the noise inside the subspace."""
+    return project(eps, A) - x0 / s
+
+
+def recover_velocity(
+    u_a: Tensor, x_t: Tensor, A: Tensor, s: float | Tensor, sigma: Tensor, *, floor: float
+) -> Tensor:
+    """Turn the network output u_a = P eps - x0 / s into u = eps - x0."""
+    k, _ = calibrate(sigma, s)
+    # x_t + s u_a: sigma * eps outside the subspace, where the network predicts only the image.
+    noise = x_t + s * u_a  # (B, N, D)
+    outside = noise / sigma.clamp(min=floor)
+    # Inside, k (s P u_a + (1 - s) P x_t): sigma cancels, so nothing there is divided by it.
+    inside = k * (noise @ A - s * (x_t @ A))  # (B, N, d)
+    return outside + (inside - outside @ A) @ A.T
