@@ -30,9 +30,7 @@ def recover_velocity(
 ) -> Tensor:
     """Turn the network output u_a = P eps - x0 / s into u = eps - x0."""
     k, _ = calibrate(sigma, s)
-    # x_t + s u_a: sigma * eps outside the subspace, where the network predicts only the image.
-    noise = x_t + s * u_a  # (B, N, D)
+    noise = x_t + s * u_a  # sigma * eps outside the subspace: there u_a is only the image
     outside = noise / sigma.clamp(min=floor)
-    # Inside, k (s P u_a + (1 - s) P x_t): sigma cancels, so nothing there is divided by it.
-    inside = k * (noise @ A - s * (x_t @ A))  # (B, N, d)
-    return outside + (inside - outside @ A) @ A.T
+    inside = k * (noise - s * x_t)  # k (s u_a + (1 - s) x_t): sigma cancels, no division here
+    return outside + project(inside - outside, A)
