@@ -1,0 +1,286 @@
+"""safetensors files read and written one tensor at a time.
+
+The bytes are those of the safetensors package: its order of tensors, its header, its padding.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from asymlift.artifacts.files import CHUNK, fsync_folder, writing
+from asymlift.errors import BadData
+
+MAX_HEADER = 100_000_000  # the format's own limit
+
+# In the package's order: tensors with the widest numbers first, so that all are aligned.
+DTYPES: dict[str, tuple[int, torch.dtype]] = {
+    "U64": (8, torch.uint64),
+    "I64": (8, torch.int64),
+    "F64": (8, torch.float64),
+    "C64": (8, torch.complex64),
+    "F32": (4, torch.float32),
+    "U32": (4, torch.uint32),
+    "I32": (4, torch.int32),
+    "BF16": (2, torch.bfloat16),
+    "F16": (2, torch.float16),
+    "U16": (2, torch.uint16),
+    "I16": (2, torch.int16),
+    "F8_E8M0": (1, torch.float8_e8m0fnu),
+    "F8_E4M3": (1, torch.float8_e4m3fn),
+    "F8_E5M2": (1, torch.float8_e5m2),
+    "I8": (1, torch.int8),
+    "U8": (1, torch.uint8),
+    "BOOL": (1, torch.bool),
+}
+RANK = {name: position for position, name in enumerate(DTYPES)}
+NAME_OF = {dtype: name for name, (_, dtype) in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor in a file; `start` counts from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        return cls(NAME_OF[tensor.dtype], tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself: tensors in the order of their bytes, and its metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a header: known types, no holes, no overlaps, nothing missing at the end."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if 8 + length <= size and length <= MAX_HEADER else b""
+    except FileNotFoundError:
+        raise BadData(f"{path}: there is no such file.") from None
+    except OSError as error:
+        raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
+    if not text:
+        raise BadData(f"{path}: not a safetensors file, or cut short in its header.")
+    try:
+        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        metadata = entries.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata holds something else than text")
+        tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadData(f"{path}: its safetensors header is damaged ({error}).") from error
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)))
+    end = 8 + length
+    for name, info in tensors.items():
+        if info.start != end:
+            raise BadData(f"{path}: {name} begins at byte {info.start}, not at {end}: damaged.")
+        end += info.num_bytes
+    if end != size:
+        raise BadData(f"{path}: {size} bytes long, its header says {end}: cut short or damaged.")
+    return Header(tensors, metadata)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _tensor_info(name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has the unknown type {dtype!r}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError(f"{name} has a negative or broken size")
+    info = TensorInfo(dtype, tuple(shape), data_start + start)
+    if info.num_bytes != stop - start:
+        raise ValueError(f"{name} has {stop - start} bytes for shape {shape} of {dtype}")
+    return info
+
+
+def read_bytes(path: Path, info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of one tensor, in pieces of at most CHUNK that are valid until the next one."""
+    buffer = memoryview(bytearray(min(CHUNK, info.num_bytes)))
+    left = info.num_bytes
+    with path.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        while left:
+            count = file.readinto(buffer[: min(left, len(buffer))])
+            if not count:
+                raise BadData(f"{path}: ended while it was being read.")
+            left -= count
+            yield buffer[:count]
+
+
+def read_tensor(path: Path, name: str, header: Header | None = None) -> Tensor:
+    """One tensor, in the type it is stored in, without reading the rest of the file."""
+    info = (header or read_header(path)).tensors.get(name)
+    if info is None:
+        raise BadData(f"{path}: there is no tensor called {name}.")
+    data = bytearray().join(read_bytes(path, info))
+    dtype = DTYPES[info.dtype][1]
+    if not data:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as they stand in a file (little-endian machines)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def layout(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The header bytes of a file with these tensors, and where each of them goes."""
+    order = sorted(infos, key=lambda name: (RANK[infos[name].dtype], name))
+    entries: dict[str, Any] = {}
+    if metadata:
+        entries["__metadata__"] = dict(sorted(metadata.items()))
+    offset = 0
+    for name in order:
+        stop = offset + infos[name].num_bytes
+        entries[name] = {
+            "dtype": infos[name].dtype,
+            "shape": list(infos[name].shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    placed = {
+        name: TensorInfo(
+            infos[name].dtype, infos[name].shape, start + entries[name]["data_offsets"][0]
+        )
+        for name in order
+    }
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+class SafetensorsWriter:
+    """Write one file tensor by tensor, in any order; the order of `tensors` is fastest.
+
+    The file gets its name only when all its bytes are on disk; after an exception nothing is
+    left. `sha256` is known after the `with` block.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.sha256 = ""
+        self._header, self.tensors = layout(infos, metadata)
+        self._part = path.with_name(path.name + ".part")
+        self._waiting = set(self.tensors)
+        self._hash: Any = hashlib.sha256()
+        self._hashed = 0  # bytes from the beginning of the file that the hash has seen
+
+    def __enter__(self) -> Self:
+        with writing(self.path):
+            self._file = self._part.open("wb", buffering=0)
+            self._put(0, self._header)
+        return self
+
+    def write(self, name: str, data: Tensor | bytes | Iterable[bytes | memoryview]) -> None:
+        """Write one tensor, whole."""
+        info = self.tensors[name]
+        self._waiting.remove(name)  # KeyError: written twice
+        if isinstance(data, Tensor):
+            assert TensorInfo.of(data) == TensorInfo(info.dtype, info.shape), name
+            data = [tensor_bytes(data)]
+        elif isinstance(data, bytes):
+            data = [data]
+        offset = info.start
+        with writing(self.path):
+            for piece in data:
+                self._put(offset, piece)
+                offset += len(piece)
+        assert offset == info.start + info.num_bytes, f"{name}: {offset - info.start} bytes"
+
+    def _put(self, offset: int, data: bytes | memoryview) -> None:
+        if offset == self._hashed:
+            self._hash.update(data)
+            self._hashed += len(data)
+        view = memoryview(data)
+        while len(view):
+            count = os.pwrite(self._file.fileno(), view, offset)
+            offset += count
+            view = view[count:]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            try:
+                self._finish()
+                return
+            except BaseException:
+                self._discard()
+                raise
+        self._discard()
+
+    def _finish(self) -> None:
+        assert not self._waiting, f"never written: {sorted(self._waiting)}"
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+            size = os.fstat(self._file.fileno()).st_size
+            self._file.close()
+            if self._hashed == size:
+                self.sha256 = self._hash.hexdigest()
+            else:  # the tensors came in another order
+                with self._part.open("rb") as file:
+                    self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self._part.replace(self.path)
+            fsync_folder(self.path.parent)
+
+    def _discard(self) -> None:
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a small file at once, atomically; returns its sha256."""
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, infos, metadata) as writer:
+        for name in writer.tensors:
+            writer.write(name, tensors[name])
+    return writer.sha256
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a small file."""
+    header = read_header(path)
+    return {name: read_tensor(path, name, header) for name in header.tensors}
