@@ -1,0 +1,159 @@
+"""A diffusers pipeline folder, read without diffusers: JSON and safetensors, never pickle."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from asymlift.artifacts.files import sha256_file
+from asymlift.artifacts.manifest import digest_json
+from asymlift.artifacts.safetensors_stream import Header, read_header
+from asymlift.errors import BadData
+
+STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call weights
+CONFIGS = (
+    "config.json",
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+# Not part of what a component computes: saving the same weights again changes them.
+INCIDENTAL = ("_diffusers_version", "_name_or_path", "transformers_version")
+
+
+class DiffusersFolder:
+    """What convert, loading and fingerprints need to know about a pipeline folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sha256: dict[Path, str] = {}
+        if not path.is_dir():
+            raise BadData(f"{path}: there is no such folder.")
+        if not (path / "model_index.json").is_file():
+            raise BadData(
+                f"{path}: not a diffusers pipeline folder: it has no model_index.json. "
+                "Give the folder that holds transformer/ and vae/."
+            )
+
+    @cached_property
+    def model_index(self) -> dict[str, Any]:
+        return read_json(self.path / "model_index.json")
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Component name -> class name, as model_index.json has them."""
+        return {
+            name: entry[1]
+            for name, entry in self.model_index.items()
+            if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[1]
+        }
+
+    def folder(self, component: str) -> Path:
+        """The folder of a component that must be there."""
+        folder = self.path / component
+        if not folder.is_dir():
+            raise BadData(f"{self.path}: there is no {component}/ in this pipeline folder.")
+        return folder
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's JSON config, whatever its kind calls it."""
+        folder = self.folder(component)
+        for name in CONFIGS:
+            if (folder / name).is_file():
+                return read_json(folder / name)
+        raise BadData(f"{folder}: there is no config.json.")
+
+    def index_path(self, component: str) -> Path | None:
+        """The JSON index of a component whose weights are in shards; None if there is none."""
+        paths = [self.folder(component) / f"{stem}.safetensors.index.json" for stem in STEMS]
+        return next((path for path in paths if path.is_file()), None)
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The safetensors files of a component, sorted by name; pickles are refused."""
+        folder = self.folder(component)
+        index = self.index_path(component)
+        if index is not None:
+            names = sorted(set(read_index(index)["weight_map"].values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise BadData(f"{folder}: {missing[0]} is missing, {index.name} names it.")
+            return [folder / name for name in names]
+        for stem in STEMS:
+            if (folder / f"{stem}.safetensors").is_file():
+                return [folder / f"{stem}.safetensors"]
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise BadData(
+                f"{folder / pickles[0]}: a pickle, which can run code when it is read. "
+                "Only safetensors are read: save it again with safe_serialization=True."
+            )
+        raise BadData(
+            f"{folder}: no weights called diffusion_pytorch_model.safetensors here, nor an "
+            "index of shards."
+        )
+
+    def headers(self, component: str) -> dict[Path, Header]:
+        """Every weight file of a component with its tensors, checked against the index."""
+        headers = {path: read_header(path) for path in self.weight_files(component)}
+        found: dict[str, str] = {}
+        for path, header in headers.items():
+            for name in header.tensors:
+                if name in found:
+                    raise BadData(f"{path}: {name} is in {found[name]} too.")
+                found[name] = path.name
+        index = self.index_path(component)
+        if index is not None:
+            weight_map = read_index(index)["weight_map"]
+            for name in sorted(found.keys() | weight_map.keys()):
+                if found.get(name) != weight_map.get(name):
+                    raise BadData(
+                        f"{index}: says that {name} is in {weight_map.get(name, 'no file')}, "
+                        f"but it is in {found.get(name, 'no file')}."
+                    )
+        return headers
+
+    def sha256(self, path: Path) -> str:
+        """Digest of one file of this folder, computed once."""
+        if path not in self._sha256:
+            self._sha256[path] = sha256_file(path)
+        return self._sha256[path]
+
+    def fingerprint(self, component: str) -> str:
+        """'sha256:...' of a component's weights and of what its config computes."""
+        config = {k: v for k, v in self.config(component).items() if k not in INCIDENTAL}
+        weights = {path.name: self.sha256(path) for path in self.weight_files(component)}
+        return digest_json({"config": config, "weights": weights})
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """A weights index whose file names are plain: none leads out of its folder."""
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadData(f"{path}: has no weight_map.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not is_plain_name(file):
+            raise BadData(f"{path}: {name} is said to be in {file!r}, which is no plain file name.")
+        if not file.endswith(".safetensors"):
+            raise BadData(f"{path}: {name} is said to be in {file!r}; only safetensors are read.")
+    return index
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name stays in its folder: no separators, no parent, nothing hidden."""
+    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\0")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise BadData(f"{path}: not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise BadData(f"{path}: holds {type(value).__name__}, not a JSON object.")
+    return value

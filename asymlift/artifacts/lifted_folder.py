@@ -1,0 +1,102 @@
+"""lifted/: a diffusers pipeline folder whose transformer reads pixel tokens.
+
+Beside the transformer's own files lie asymlift.safetensors (A, s; named as in a basis) and
+asymlift.json (family, geometry, colour, fingerprints, how well the conversion was verified).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymlift.artifacts.basis_file import MAX_ORTHONORMALITY_ERROR, orthonormality_error
+from asymlift.artifacts.diffusers_folder import read_json
+from asymlift.artifacts.files import sha256_file, write_bytes_atomically
+from asymlift.artifacts.manifest import canonical_json, read_manifest
+from asymlift.artifacts.safetensors_stream import load_tensors, save_tensors
+from asymlift.errors import BadData
+from asymlift.families.base import Geometry
+from asymlift.maths.color import ColorCode
+
+KIND = "lifted"
+FORMAT = 1
+FACTS = "transformer/asymlift.json"
+TENSORS = "transformer/asymlift.safetensors"
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """What turns the stock transformer in this folder into a pixel model."""
+
+    folder: Path
+    family: str
+    geometry: Geometry
+    A: Tensor  # (D, d) float32
+    s: float
+    color: ColorCode
+    fingerprints: dict[str, str]  # base transformer, vae, basis: what it was made from
+    facts: dict[str, Any]  # all of asymlift.json
+
+
+def write_lifted_facts(
+    folder: Path,
+    *,
+    family: str,
+    geometry: Geometry,
+    A: Tensor,
+    s: float,
+    color: ColorCode,
+    fingerprints: dict[str, str],
+    more: dict[str, Any],
+) -> None:
+    """Write the two files that are ours into a lifted folder."""
+    p = geometry.pixel_patch
+    save_tensors(folder / TENSORS, {f"proj_mat_p{p}": A, f"scale_p{p}": torch.tensor(s)})
+    facts = {
+        "format": FORMAT,
+        "family": family,
+        "geometry": dataclasses.asdict(geometry),
+        "color": dataclasses.asdict(color),
+        "fingerprints": fingerprints,
+        **more,
+    }
+    write_bytes_atomically(folder / FACTS, canonical_json(facts))
+
+
+def read_lifted(folder: Path) -> Lifted:
+    """Read what convert wrote beside the transformer. Big files are left to `asymlift verify`."""
+    manifest = read_manifest(folder)
+    if manifest.kind != KIND:
+        raise BadData(f"{folder}: holds a {manifest.kind}, not a lifted model.")
+    for name in (FACTS, TENSORS, "transformer/config.json"):
+        path = folder / name
+        if name not in manifest.files or not path.is_file():
+            raise BadData(f"{path}: missing. Run `asymlift convert` again.")
+        if sha256_file(path) != manifest.files[name][1]:
+            raise BadData(f"{path}: its bytes have changed. Run `asymlift convert` again.")
+    facts = read_json(folder / FACTS)
+    if facts.get("format") != FORMAT:
+        raise BadData(f"{folder / FACTS}: format {facts.get('format')}; this one reads {FORMAT}.")
+    geometry, color = Geometry(**facts["geometry"]), facts["color"]
+    tensors = load_tensors(folder / TENSORS)
+    A, s = tensors[f"proj_mat_p{geometry.pixel_patch}"], tensors[f"scale_p{geometry.pixel_patch}"]
+    if tuple(A.shape) != (geometry.D, geometry.d) or A.dtype != torch.float32:
+        raise BadData(
+            f"{folder / TENSORS}: A is {tuple(A.shape)} of {A.dtype}, not "
+            f"{(geometry.D, geometry.d)} of float32."
+        )
+    if not orthonormality_error(A) <= MAX_ORTHONORMALITY_ERROR or not 0 < float(s) < float("inf"):
+        raise BadData(f"{folder / TENSORS}: A is not orthonormal, or s = {float(s)} not positive.")
+    return Lifted(
+        folder=folder,
+        family=facts["family"],
+        geometry=geometry,
+        A=A,
+        s=float(s),
+        color=ColorCode(color["space"], tuple(color["mean"]), color["std"]),
+        fingerprints=facts["fingerprints"],
+        facts=facts,
+    )
