@@ -1,0 +1,75 @@
+"""The kinds of transformer that asymlift knows: an explicit list."""
+
+import importlib
+from difflib import get_close_matches
+
+from asymlift.errors import BadRecipe
+from asymlift.families.base import Config, Family
+from asymlift.families.flux2 import FLUX2
+from asymlift.families.sd3 import SD3
+from asymlift.families.zimage import ZIMAGE
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX2, SD3, ZIMAGE)}
+
+
+def find_family(name: str, model_index: Config, transformer_config: Config) -> Family:
+    """Return a family by name, by `my_package.my_module:MY_FAMILY`, or by the checkpoint (auto)."""
+    found = transformer_config.get("_class_name") or _listed_transformer(model_index)
+    if name == "auto":
+        return _by_class(found)
+    family = _imported(name) if ":" in name else _named(name)
+    if found and found != family.transformer.rpartition(":")[2]:
+        raise BadRecipe(
+            f"model.family is {name}, a {family.transformer}, but the checkpoint is a {found}; "
+            "use `family: auto`, or another base"
+        )
+    return family
+
+
+def _listed_transformer(model_index: Config) -> str | None:
+    entry = model_index.get("transformer")
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+
+
+def _by_class(found: str | None) -> Family:
+    for family in FAMILIES.values():
+        if family.transformer == found:
+            return family
+    classes = [family.transformer for family in FAMILIES.values()]
+    raise BadRecipe(
+        f"no family for the checkpoint's transformer, {found or 'which it does not name'}"
+        f"{_suggest(found or '', classes)}; known are {_known()}; "
+        "write your own and name it, `family: my_package.my_module:MY_FAMILY`"
+    )
+
+
+def _named(name: str) -> Family:
+    if name not in FAMILIES:
+        raise BadRecipe(
+            f"no family {name!r}{_suggest(name, list(FAMILIES))}; known are {_known()}, "
+            "`auto`, or your own, `my_package.my_module:MY_FAMILY`"
+        )
+    return FAMILIES[name]
+
+
+def _imported(name: str) -> Family:
+    """Import a family that is not ours. A recipe that names one is trusted to run its code."""
+    module, _, attribute = name.partition(":")
+    try:
+        family = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadRecipe(
+            f"family {name!r} cannot be imported: {error}; is it installed, or on PYTHONPATH?"
+        ) from error
+    if not isinstance(family, Family):
+        raise BadRecipe(f"family {name!r} is a {type(family).__name__}, not a Family")
+    return family
+
+
+def _suggest(name: str, choices: list[str]) -> str:
+    close = get_close_matches(name, choices, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _known() -> str:
+    return ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES.values())

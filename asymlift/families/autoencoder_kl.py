@@ -1,0 +1,23 @@
+"""The latents of diffusers' AutoencoderKL, shifted and scaled: SD3, Z-Image."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def encode_latents(vae: Any, image: Tensor) -> Tensor:
+    """Turn an image in [-1, 1] into the latent (B, C, h, w) that the transformer denoises."""
+    raw = vae.encode(image.to(vae.dtype)).latent_dist.mode().float()
+    z: Tensor = (raw - _shift(vae)) * vae.config.scaling_factor
+    return z
+
+
+def decode_latents(vae: Any, z: Tensor) -> Tensor:
+    """Turn a latent of the transformer into an image in [-1, 1]."""
+    raw = z / vae.config.scaling_factor + _shift(vae)
+    image: Tensor = vae.decode(raw.to(vae.dtype)).sample
+    return image.clamp(-1, 1)
+
+
+def _shift(vae: Any) -> float:
+    return float(vae.config.shift_factor or 0.0)

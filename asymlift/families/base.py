@@ -1,0 +1,122 @@
+"""What is known about one kind of transformer: facts first, code only for what cannot be a fact.
+
+B images, C latent channels, f the VAE's down-scale, q the latent patch; p = f q, d = C q^2,
+D = 3 p^2, and C' = 3 f^2: the channels of a pixel image that is read as a latent map.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from asymlift.errors import BadData
+from asymlift.maths.patches import Order
+
+Config = Mapping[str, Any]
+Text = dict[str, Tensor | list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Three numbers of a checkpoint, and every size that follows from them."""
+
+    vae_factor: int  # f: pixels per latent cell
+    channels: int  # C: channels of the latent
+    patch: int  # q: latent cells per token, along one side
+
+    def __post_init__(self) -> None:
+        if self.d > self.D:
+            raise BadData(
+                f"a latent token has {self.d} numbers but its {self.pixel_patch}-pixel patch only "
+                f"{self.D}: a basis needs at least as many pixels as latents"
+            )
+
+    @property
+    def pixel_patch(self) -> int:
+        """Return p: pixels per token, along one side."""
+        return self.vae_factor * self.patch
+
+    @property
+    def d(self) -> int:
+        """Return the width of a latent token."""
+        return self.channels * self.patch**2
+
+    @property
+    def D(self) -> int:  # noqa: N802
+        """Return the width of a pixel token."""
+        return 3 * self.pixel_patch**2
+
+    @property
+    def pixel_channels(self) -> int:
+        """Return C': a pixel token re-read as (C', q, q) looks like a token of such a latent."""
+        return 3 * self.vae_factor**2
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of transformer; the same `run` serves the latent model and the pixel model."""
+
+    name: str
+    transformer: str  # diffusers class, or my_package.my_module:MyTransformer
+    pipelines: tuple[str, ...]  # the diffusers pipelines that drive it
+    first: str  # path of the map that reads tokens
+    last: str  # path of the map that writes them
+    final_norm: str  # path of what modulates the last map's input; trained in full, like the maps
+    order_in: Order  # how a patch is flattened on the way in (a convolution is always "c p q") ...
+    order_out: Order  # ... and on the way out
+    sign: int  # raw output = sign * (eps - x0)
+    geometry: Callable[[Config, Config], Geometry]  # (transformer config, VAE config)
+    channels: Callable[[int], dict[str, Any]]  # config overrides that make it read c channels
+    time: Callable[[Tensor, int], Tensor]  # (tau, number of tokens) -> what the network is told
+    run: Callable[[Any, Tensor, Tensor, Text], Tensor]  # (net, map (B, c, h q, w q), time, text)
+    encode_latents: Callable[[Any, Tensor], Tensor]  # (VAE, image in [-1, 1]) -> (B, C, h q, w q)
+    decode_latents: Callable[[Any, Tensor], Tensor]  # and back, clamped to [-1, 1]
+    encode_prompt: Callable[[Any, Sequence[str], int | None], list[dict[str, Tensor]]]
+    collate: Callable[[Sequence[Mapping[str, Tensor]]], Text]
+    base_shift: Callable[
+        [Config, int], float
+    ]  # (scheduler config, tokens) -> the base's time shift
+    lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for one level
+
+
+def setting(config: Config, key: str) -> Any:
+    """Return one value of a checkpoint's config; a missing one is the checkpoint's fault."""
+    if key not in config:
+        raise BadData(f"the {config.get('_class_name', 'model')} config has no `{key}`")
+    return config[key]
+
+
+def check_channels(geometry: Geometry, channels: int, family: str) -> Geometry:
+    """Return the geometry if a transformer with so many channels belongs to this VAE."""
+    if channels not in (geometry.channels, geometry.pixel_channels):
+        raise BadData(
+            f"{family}: the transformer reads {channels} channels, but its VAE writes "
+            f"{geometry.channels} ({geometry.pixel_channels} once lifted); take both from one model"
+        )
+    return geometry
+
+
+def vae_factor(config: Config) -> int:
+    """Return f of a convolutional VAE: every level but the last halves the picture."""
+    return int(2 ** (len(setting(config, "block_out_channels")) - 1))
+
+
+def plain_shift(config: Config) -> float:
+    """Return the shift of a scheduler that shifts every resolution alike."""
+    return float(setting(config, "shift"))
+
+
+def shift_from_mu(config: Config, mu: float) -> float:
+    """Return the plain shift t -> shift t / (1 + (shift - 1) t) that a dynamic mu amounts to."""
+    return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+
+
+def interpolated_shift(config: Config, num_tokens: int, *, max_shift: float) -> float:
+    """Return the time shift of a pipeline whose mu is a straight line in the number of tokens."""
+    if not config.get("use_dynamic_shifting", False):
+        return plain_shift(config)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    return shift_from_mu(config, low + (high - low) * (num_tokens - few) / (many - few))

@@ -1,0 +1,133 @@
+"""FLUX.2 (klein and dev): diffusers Flux2Transformer2DModel, packed 2x2 latent patches.
+
+B images, N = h w tokens, L text tokens, C channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymlift.errors import BadData
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    Text,
+    check_channels,
+    plain_shift,
+    setting,
+    shift_from_mu,
+    vae_factor,
+)
+from asymlift.families.text import stack_text
+from asymlift.maths.patches import image_to_tokens, tokens_to_image
+
+PATCH = 2  # the pipelines pack 2 x 2 latent cells into a token, whatever the config says
+DISTILLED_GUIDANCE = 4.0  # the pipeline's default for dev, which is told its guidance scale
+DEFAULT_STEPS = 50  # of the klein pipeline; below 4300 tokens the time shift depends on it
+
+
+def geometry(transformer: Config, vae: Config) -> Geometry:
+    """Read the sizes off the two configs; the VAE has the patch too, as it normalises patches."""
+    if tuple(vae.get("patch_size", (PATCH, PATCH))) != (PATCH, PATCH):
+        raise BadData(f"flux2: the VAE's patch_size is {vae['patch_size']}, not {[PATCH, PATCH]}")
+    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), PATCH)
+    return check_channels(sizes, setting(transformer, "in_channels") // PATCH**2, "flux2")
+
+
+def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
+    """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
+    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
+    words = text["encoder_hidden_states"]
+    assert isinstance(words, Tensor)  # FLUX.2 attends to its padding, so nothing is ragged
+    guidance = text.get("guidance")
+    if guidance is None and net.config.guidance_embeds:
+        guidance = torch.full_like(time, DISTILLED_GUIDANCE)
+    zero = torch.zeros(1, dtype=torch.long, device=latent.device)
+    rows, columns, line = (torch.arange(n, device=latent.device) for n in (h, w, words.shape[1]))
+    out: Tensor = net(
+        hidden_states=image_to_tokens(latent, PATCH),
+        encoder_hidden_states=words,
+        timestep=time,
+        img_ids=torch.cartesian_prod(zero, rows, columns, zero),  # (N, 4)
+        txt_ids=torch.cartesian_prod(zero, zero, zero, line),  # (L, 4)
+        guidance=guidance,
+        return_dict=False,
+    )[0]
+    return tokens_to_image(out, PATCH, (h, w))
+
+
+def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of each number of a latent token, as the pipeline uses them."""
+    variance = vae.bn.running_var.float() + vae.config.batch_norm_eps
+    return vae.bn.running_mean.float(), variance.sqrt()
+
+
+def encode_latents(vae: Any, image: Tensor) -> Tensor:
+    """Turn an image in [-1, 1] into the latent that the transformer denoises."""
+    z = vae.encode(image.to(vae.dtype)).latent_dist.mode()
+    mean, std = _latent_statistics(vae)
+    tokens = (image_to_tokens(z, PATCH) - mean) / std
+    return tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
+
+
+def decode_latents(vae: Any, z: Tensor) -> Tensor:
+    """Turn a latent of the transformer into an image in [-1, 1]."""
+    mean, std = _latent_statistics(vae)
+    tokens = image_to_tokens(z, PATCH) * std + mean
+    raw = tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
+    image: Tensor = vae.decode(raw.to(vae.dtype)).sample
+    return image.clamp(-1, 1)
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipeline: Any, prompts: Sequence[str], max_length: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Embed each prompt, (L, width). The model attends to the padding, so it stays."""
+    length = {} if max_length is None else {"max_sequence_length": max_length}
+    embeddings, _ = pipeline.encode_prompt(prompt=list(prompts), **length)
+    return [{"encoder_hidden_states": one.clone()} for one in embeddings]
+
+
+def base_shift(scheduler: Config, num_tokens: int) -> float:
+    """Return the pipeline's time shift; its mu was fitted by its authors at 10 and 200 steps."""
+    if not scheduler.get("use_dynamic_shifting", False):
+        return plain_shift(scheduler)
+    mu_200 = 0.00016927 * num_tokens + 0.45666666
+    mu_10 = 8.73809524e-05 * num_tokens + 1.89833333
+    mu = mu_200 + (mu_10 - mu_200) * (200 - DEFAULT_STEPS) / 190
+    return shift_from_mu(scheduler, mu_200 if num_tokens > 4300 else mu)
+
+
+FLUX2 = Family(
+    name="flux2",
+    transformer="Flux2Transformer2DModel",
+    pipelines=("Flux2KleinPipeline", "Flux2Pipeline"),
+    first="x_embedder",
+    last="proj_out",
+    final_norm="norm_out",
+    order_in="c p q",
+    order_out="c p q",
+    sign=+1,
+    geometry=geometry,
+    channels=lambda c: {"in_channels": PATCH**2 * c, "out_channels": None},
+    time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
+    run=run,
+    encode_latents=encode_latents,
+    decode_latents=decode_latents,
+    encode_prompt=encode_prompt,
+    collate=stack_text,
+    base_shift=base_shift,
+    lora_targets=(  # as published
+        "transformer_blocks.*.ff.linear_in",
+        "transformer_blocks.*.ff.linear_out",
+        "transformer_blocks.*.ff_context.linear_in",
+        "transformer_blocks.*.ff_context.linear_out",
+        "time_guidance_embed.timestep_embedder.linear_1",
+        "time_guidance_embed.timestep_embedder.linear_2",
+        "single_transformer_blocks.*.attn.to_out",
+    ),
+)

@@ -1,0 +1,51 @@
+"""Text embeddings of single samples, made into what a transformer takes. B samples, L tokens."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from asymlift.errors import BadData
+from asymlift.families.base import Text
+
+Sample = Mapping[str, Tensor]
+
+
+def _columns(samples: Sequence[Sample]) -> dict[str, list[Tensor]]:
+    """Return one list of tensors per key; every sample must have the same keys."""
+    keys = list(samples[0])
+    for i, sample in enumerate(samples):
+        if set(sample) != set(keys):
+            raise BadData(
+                f"text embeddings do not match: sample 0 has {sorted(keys)}, "
+                f"sample {i} has {sorted(sample)}; encode all captions with the same model"
+            )
+    return {key: [sample[key] for sample in samples] for key in keys}
+
+
+def stack_text(samples: Sequence[Sample]) -> Text:
+    """Stack each tensor over the batch; all samples must have the same shapes."""
+    columns = _columns(samples)
+    for key, tensors in columns.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.shape != tensors[0].shape:
+                raise BadData(
+                    f"text embeddings do not match: `{key}` is {tuple(tensors[0].shape)} in "
+                    f"sample 0 and {tuple(tensor.shape)} in sample {i}; "
+                    "encode all captions with the same model and the same length"
+                )
+    return {key: torch.stack(tensors) for key, tensors in columns.items()}
+
+
+def ragged_text(samples: Sequence[Sample]) -> Text:
+    """Keep each (L, width) tensor as it is, since lengths differ; widths must not."""
+    columns = _columns(samples)
+    for key, tensors in columns.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.ndim != 2 or tensor.shape[1] != tensors[0].shape[1]:
+                raise BadData(
+                    f"text embeddings do not match: `{key}` is {tuple(tensors[0].shape)} in "
+                    f"sample 0 and {tuple(tensor.shape)} in sample {i}; "
+                    "encode all captions with the same model"
+                )
+    return {key: list(tensors) for key, tensors in columns.items()}
