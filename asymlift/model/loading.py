@@ -1,0 +1,315 @@
+"""Reading a diffusers folder from this machine: the transformer, and what goes with it.
+
+Never from the network, never a pickle, never code that came with the checkpoint.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from asymlift.errors import BadData, Unavailable
+from asymlift.families.base import Family
+from asymlift.runtime import third_party
+
+STEM = "diffusion_pytorch_model"
+LIBRARIES = ("diffusers", "transformers")  # where the classes of a pipeline may come from
+SHOWN = 5  # names in a message
+
+
+def load_transformer(
+    folder: Path | str, family: Family, *, dtype: Literal["stored"] | torch.dtype = "stored"
+) -> nn.Module:
+    """Return the family's stock class with the weights of FOLDER/transformer, in eval mode.
+
+    Each tensor keeps the dtype it is stored in, unless one is asked for: a lifted checkpoint has
+    float32 maps around a bf16 trunk. The weights are mapped from the files, not copied.
+    """
+    folder = _existing_folder(Path(folder)) / "transformer"
+    config = _read_json(_existing_folder(folder) / "config.json")
+    expected = family.transformer.rpartition(":")[2]
+    if config.get("_class_name") != expected:
+        raise BadData(
+            f"{folder}: holds a {config.get('_class_name')}, "
+            f"but family {family.name} is a {expected}"
+        )
+    where = _find_tensors(folder)
+    with _NoInit():  # built for real, so that tables which are no weights are right
+        net: nn.Module = _transformer_class(family).from_config(config)
+    _check_names_and_shapes(folder, net, where)
+    for path in sorted(set(where.values())):
+        names = [name for name, file in where.items() if file == path]
+        net.load_state_dict(_read_tensors(path, names, dtype), strict=False, assign=True)
+    if isinstance(dtype, torch.dtype):
+        net.to(dtype)
+    return net.eval()
+
+
+def load_pipeline_parts(
+    folder: Path | str, names: Collection[str], *, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Return the named components of a pipeline folder, models in eval mode (as stored, or dtype).
+
+    A component that model_index.json lists as null is None.
+    """
+    folder = _existing_folder(Path(folder))
+    index = _read_json(folder / "model_index.json")
+    return {name: _load_part(folder, index, name, dtype) for name in names}
+
+
+def load_pipeline(
+    folder: Path | str,
+    components: Collection[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Return the folder's own pipeline without its transformer: for prompts, latents, schedules.
+
+    `components` are those to load (default: all but the transformer); the others are None.
+    """
+    folder = _existing_folder(Path(folder))
+    index = _read_json(folder / "model_index.json")
+    parts = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2}
+    wanted = parts - {"transformer"} if components is None else components
+    settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
+    pipeline = _class_in("diffusers", str(index.get("_class_name")), folder / "model_index.json")
+    loaded = load_pipeline_parts(folder, wanted, dtype=dtype)
+    return pipeline(**settings, **dict.fromkeys(parts), **loaded)
+
+
+class _Float32Linear(nn.Linear):
+    """Computes and answers in float32, whatever autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return functional.linear(x.float(), self.weight.float(), bias)
+
+
+class _Float32Conv2d(nn.Conv2d):
+    """Likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            out: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
+            return out
+
+
+class _RoundedLinear(_Float32Linear):
+    """Computes in float32 and hands on what autocast would have: the trunk stays in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(_autocast_dtype(x.device.type))
+
+
+class _RoundedConv2d(_Float32Conv2d):
+    """Likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(_autocast_dtype(x.device.type))
+
+
+def _autocast_dtype(device: str) -> torch.dtype:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
+FIRST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _RoundedLinear,
+    nn.Conv2d: _RoundedConv2d,
+}
+LAST: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Float32Linear}
+
+
+def float32_maps(net: nn.Module, family: Family) -> nn.Module:
+    """Make the first and the last map of this network compute in float32 even under autocast.
+
+    In bf16 the last map alone leaks 2e-3 of the velocity into the complement, where it is divided
+    by sigma. Only the class of these modules changes: not their names, nor the stock class.
+    """
+    for path, classes in ((family.first, FIRST), (family.last, LAST)):
+        for module in net.get_submodule(path).modules():
+            module.__class__ = classes.get(type(module), type(module))
+    return net
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves new weights uninitialised: all of them are about to be replaced."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _transformer_class(family: Family) -> Any:
+    module, _, name = family.transformer.rpartition(":")
+    return _class_in(module or "diffusers", name, f"family {family.name}")
+
+
+def _class_in(module: str, name: str, origin: object) -> Any:
+    """Return a class by name; an unknown one means another version of the library."""
+    try:
+        package = third_party.library(module)
+    except ImportError as error:
+        raise Unavailable(f"{origin} needs {module}, which cannot be imported: {error}") from error
+    if not hasattr(package, name):
+        version = getattr(package, "__version__", "as installed")
+        raise Unavailable(
+            f"{origin} needs {module}.{name}, which {module} {version} does not have; "
+            f"install a version of {module} that does"
+        )
+    return getattr(package, name)
+
+
+def _load_part(folder: Path, index: Mapping[str, Any], name: str, dtype: Any) -> Any:
+    origin = folder / "model_index.json"
+    entry = index.get(name)
+    if not (isinstance(entry, list) and len(entry) == 2):
+        known = sorted(k for k, v in index.items() if isinstance(v, list))
+        raise BadData(f"{origin}: no component {name!r}; it has {', '.join(known)}")
+    library, class_name = entry
+    if class_name is None:
+        return None
+    if library not in LIBRARIES:
+        raise BadData(
+            f"{origin}: {name} needs code from {library!r}; only classes of "
+            f"{' and '.join(LIBRARIES)} are run"
+        )
+    part = _class_in(library, class_name, origin)
+    place = _existing_folder(folder / name)
+    is_model = issubclass(part, nn.Module)
+    options: dict[str, Any] = {"local_files_only": True}
+    if is_model:
+        _refuse_pickle(place)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        if dtype is not None:
+            options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
+    missing: Collection[str] = ()
+    try:
+        loaded = part.from_pretrained(str(place), **options)
+        if is_model:
+            loaded, report = loaded
+            missing = report["missing_keys"]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadData(f"{place}: cannot be loaded as {class_name}: {first_line}") from error
+    if missing:
+        raise BadData(f"{place}: weights are missing: {_some(sorted(missing))}")
+    return loaded.eval() if is_model else loaded
+
+
+def _existing_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise BadData(f"{path}: no such folder; a model is a diffusers folder on this machine")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadData(f"{path}: no such file; is {path.parent} a whole diffusers folder?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadData(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadData(f"{path}: not a JSON object")
+    return content
+
+
+def _refuse_pickle(folder: Path) -> None:
+    """A folder without safetensors is refused, by the name of what it has instead."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(
+        p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind)
+    )
+    if pickles:
+        raise BadData(
+            f"{folder}: has only pickled weights ({_some(pickles)}), which can run any code; "
+            "save them as safetensors (save_pretrained with safe_serialization=True)"
+        )
+    raise BadData(f"{folder}: no weights (*.safetensors) in it")
+
+
+def _find_tensors(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor: a single file, or the shards of an index."""
+    index, single = folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BadData(f"{index}: no weight_map in it")
+        bad = sorted({str(f) for f in weight_map.values() if Path(str(f)).name != f})
+        if bad:
+            raise BadData(f"{index}: {_some(bad)} is no plain file name")
+        where = {name: folder / file for name, file in weight_map.items()}
+    elif single.is_file():
+        where = dict.fromkeys(_stored_shapes(single), single)
+    else:
+        _refuse_pickle(folder)
+        names = sorted(p.name for p in folder.glob("*.safetensors"))
+        raise BadData(f"{folder}: no {single.name} or {index.name}; it has {_some(names)}")
+    for path in sorted(set(where.values())):
+        promised = {name for name, file in where.items() if file == path}
+        stored = set(_stored_shapes(path))
+        if promised != stored:
+            raise BadData(
+                f"{path}: does not hold the tensors its index promises: "
+                f"{_some(sorted(promised ^ stored))}"
+            )
+    return where
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    if not path.is_file():
+        raise BadData(f"{path}: no such file; the index beside it names it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BadData(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def _check_names_and_shapes(folder: Path, net: nn.Module, where: Mapping[str, Path]) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in sorted(set(where.values())):
+        stored |= _stored_shapes(path)
+    problems = []
+    if missing := sorted(wanted.keys() - stored.keys()):
+        problems.append(f"missing: {_some(missing)}")
+    if unexpected := sorted(stored.keys() - wanted.keys()):
+        problems.append(f"unexpected: {_some(unexpected)}")
+    if misshapen := [
+        f"{name} is {list(stored[name])}, not {list(wanted[name])}"
+        for name in sorted(wanted.keys() & stored.keys())
+        if stored[name] != wanted[name]
+    ]:
+        problems.append(f"wrong shape: {_some(misshapen)}")
+    if problems:
+        raise BadData(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
+
+
+def _read_tensors(
+    path: Path, names: Collection[str], dtype: Literal["stored"] | torch.dtype
+) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in names}
+    if isinstance(dtype, torch.dtype):
+        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+    return tensors
+
+
+def _some(names: Collection[str]) -> str:
+    """Name a few of many."""
+    shown = ", ".join(list(names)[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"

@@ -1,0 +1,96 @@
+"""A transformer as a velocity field over tokens: the latent model, and the same model in pixels.
+
+B images, N = h w tokens, d latent and D pixel token width, q latent patch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asymlift.families.base import Family, Geometry, Text
+from asymlift.maths.asymmetric import calibrate, recover_velocity
+from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.model.loading import float32_maps
+
+Grid = tuple[int, int]
+
+
+class LatentFlow(nn.Module):
+    """The base model: latent tokens in, their velocity out."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        family: Family,
+        geometry: Geometry,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.net, self.family, self.geometry, self.precision = net, family, geometry, precision
+        if precision is not None:
+            float32_maps(net, family)
+
+    def forward(self, z_t: Tensor, tau: Tensor, text: Text, grid: Grid) -> Tensor:
+        """Return v = eps - z0, (B, N, d); tau is (B,)."""
+        return _velocity(self, z_t, tau, text, grid)
+
+
+class PixelFlow(nn.Module):
+    """The converted model: pixel tokens in, their velocity out.
+
+    `net` is the stock class with C' channels. It is told that a pixel token, re-read as
+    (C', q, q), is a latent one, so it is called exactly as the base model is.
+    """
+
+    A: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        family: Family,
+        geometry: Geometry,
+        A: Tensor,
+        s: float,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.net, self.family, self.geometry, self.precision = net, family, geometry, precision
+        self.register_buffer("A", A, persistent=False)  # (D, d); saved once, beside the weights
+        self.s = float(s)
+        if precision is not None:
+            float32_maps(net, family)
+
+    def forward(
+        self, x_t: Tensor, sigma: Tensor, text: Text, grid: Grid, *, floor: float
+    ) -> Tensor:
+        """Return u = eps - x0, (B, N, D), in the dtype of A: float32. sigma is (B,)."""
+        assert self.A.dtype in (torch.float32, torch.float64), f"A was rounded to {self.A.dtype}"
+        with torch.autocast(x_t.device.type, enabled=False):
+            x_t = x_t.to(self.A.dtype)  # (B, N, D)
+            level = sigma.to(self.A.dtype).view(-1, 1, 1)
+            k, tau = calibrate(level, self.s)
+            u_a = _velocity(self, k * x_t, tau.flatten(), text, grid).to(self.A.dtype)
+            return recover_velocity(u_a, x_t, self.A, self.s, level, floor=floor)
+
+
+def _velocity(flow: Any, tokens: Tensor, tau: Tensor, text: Text, grid: Grid) -> Tensor:
+    """Call the network on canonical tokens and return its velocity as canonical tokens."""
+    family, patch = flow.family, flow.geometry.patch
+    image = tokens_to_image(tokens, patch, grid)  # (B, C or C', h q, w q)
+    time = family.time(tau, tokens.shape[1])
+    if flow.precision is None:
+        dtype = next(flow.net.parameters()).dtype
+        image, text = image.to(dtype), _cast(text, dtype)
+    with torch.autocast(image.device.type, flow.precision, enabled=flow.precision is not None):
+        raw = family.run(flow.net, image, time, text)
+    return image_to_tokens(family.sign * raw, patch)
+
+
+def _cast(text: Text, dtype: torch.dtype) -> Text:
+    """Cast embeddings, wherever they come from, to what the network computes in."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
+    return {k: cast(v) if isinstance(v, Tensor) else [cast(t) for t in v] for k, v in text.items()}
