@@ -19,6 +19,7 @@ from asymlift.maths.guidance import clamp_denoised, guide
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.maths.schedule import pixel_shift, shift_for_pixels, sigma_grid
 from asymlift.maths.solver import OnStep, Velocity, euler, heun
+from asymlift.runtime import third_party
 
 Shift = Literal["sqrt_pixels", "base"] | float
 
@@ -202,12 +203,10 @@ def unipc(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None 
     One evaluation a step. It commutes with the lift where the latent grid is the mapped one, and
     ends with an Euler step, so the last image it predicts is the result.
     """
-    from diffusers import UniPCMultistepScheduler
-
     levels = sigmas.clone()
     if levels[0] == 1:
         levels[0] = ALMOST_ONE
-    scheduler = UniPCMultistepScheduler(
+    scheduler = third_party.library("diffusers").UniPCMultistepScheduler(
         solver_order=2, prediction_type="flow_prediction", use_flow_sigmas=True
     )
     scheduler.set_timesteps(sigmas=levels[:-1].cpu().numpy().copy())
