@@ -3,7 +3,7 @@
 `tiny` is a complete FLUX.2-klein pipeline folder for 32 x 32 scenes (scenes.py). Its VAE is
 DELIBERATELY WEAK: trained short, it loses textures and letters, so a pixel model finetuned from it
 beats it clearly. That shows the machinery; it is no evidence about real VAEs. For an honest
-comparison use `tiny-good-vae`: same data, same sizes, a VAE trained until it stopped being the limit.
+comparison use `tiny-good-vae`: same data, same sizes, a VAE trained for much longer.
 
 `python -m asymlift.embedded.build OUT_DIR` makes all of it again from a seed.
 """
