@@ -20,7 +20,7 @@ class Exit(IntEnum):
 class UserError(Exception):
     """What was given, why it cannot be, what to do."""
 
-    exit = Exit.UNEXPECTED
+    exit: Exit = Exit.UNEXPECTED
 
 
 class BadData(UserError):
@@ -44,7 +44,9 @@ class CannotWrite(UserError):
 class StoppedEarly(UserError):
     """Stopped on request after saving; running the same command again goes on."""
 
-    exit = Exit.RESUMABLE
+    def __init__(self, message: str, exit: Exit = Exit.RESUMABLE) -> None:  # noqa: A002
+        super().__init__(message)
+        self.exit = exit
 
 
 class BadRecipe(UserError):

@@ -130,7 +130,7 @@ class LossSection(Section):
 
     kind: Literal["variance_reduced", "flow"] = "variance_reduced"
     reference: Literal["shared", "copy"] = "shared"  # `copy` holds the whole model twice
-    shift: NonNegativeFloat = 0.3  # h: how fast the correction fades with noise
+    shift: PositiveFloat = 0.3  # h: how fast the correction fades with noise
     weight: PositiveFloat = 10.0
     sigma_clamp: PositiveFloat = 0.05
     control_floor: PositiveFloat = 1e-4
@@ -360,7 +360,7 @@ def check_recipe(values: dict[str, Any], source: str) -> Recipe:
 
 def parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, StrictLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise BadRecipe(f"{source}: {' '.join(str(error).split())}") from None
 
