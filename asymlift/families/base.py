@@ -5,13 +5,15 @@ D = 3 p^2, and C' = 3 f^2: the channels of a pixel image that is read as a laten
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from asymlift.errors import BadData
+from asymlift.errors import BadData, BadRecipe
 from asymlift.maths.patches import Order
 
 Config = Mapping[str, Any]
@@ -78,7 +80,7 @@ class Family:
     base_shift: Callable[
         [Config, int], float
     ]  # (scheduler config, tokens) -> the base's time shift
-    lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for one level
+    lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for anything
 
 
 def setting(config: Config, key: str) -> Any:
@@ -101,6 +103,20 @@ def check_channels(geometry: Geometry, channels: int, family: str) -> Geometry:
 def vae_factor(config: Config) -> int:
     """Return f of a convolutional VAE: every level but the last halves the picture."""
     return int(2 ** (len(setting(config, "block_out_channels")) - 1))
+
+
+def matching_modules(net: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Return the paths of the linear maps that the patterns name, each pattern at least one."""
+    linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [path for path in linear if fnmatchcase(path, pattern)]
+        if not matches:
+            close = get_close_matches(pattern, linear, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise BadRecipe(f"no linear layer of {type(net).__name__} matches {pattern!r}{hint}")
+        found += matches
+    return list(dict.fromkeys(found))
 
 
 def plain_shift(config: Config) -> float:

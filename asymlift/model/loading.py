@@ -80,7 +80,7 @@ def load_pipeline(
     settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
     pipeline = _class_in("diffusers", str(index.get("_class_name")), folder / "model_index.json")
     loaded = load_pipeline_parts(folder, wanted, dtype=dtype)
-    return pipeline(**settings, **dict.fromkeys(parts), **loaded)
+    return pipeline(**settings, **{**dict.fromkeys(parts), **loaded})
 
 
 class _Float32Linear(nn.Linear):

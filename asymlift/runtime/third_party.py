@@ -1,6 +1,7 @@
 """The one door to diffusers, transformers and lpips: what must happen before they are imported."""
 
 import importlib
+import logging
 import os
 import warnings
 from types import ModuleType
@@ -23,7 +24,12 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     # Float32 norms under autocast: true on the CPU, slow there, and nothing to act on.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+    logging.getLogger("DeepSpeed").addFilter(_worth_saying)
     declare_missing_schemas()
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def library(name: str) -> ModuleType:

@@ -1,0 +1,298 @@
+"""What a family states about its checkpoints, held against the real classes and configs."""
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from asymlift.errors import BadData, BadRecipe, Unavailable
+from asymlift.families import FAMILIES, find_family
+from asymlift.families.base import Geometry, matching_modules
+from asymlift.families.flux2 import DEFAULT_STEPS
+from asymlift.runtime import third_party
+from tests.tiny import (
+    GRID,
+    TRANSFORMERS,
+    VAE_SIZES,
+    lifted_pair,
+    tiny_pipeline,
+    tiny_transformer,
+    tiny_vae,
+)
+
+# The sizes of published checkpoints, from their own configs.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "flux2": ({"in_channels": 128}, {"latent_channels": 32, "patch_size": [2, 2]}),
+    "sd3": ({"in_channels": 16, "patch_size": 2}, {"latent_channels": 16}),
+    "zimage": (
+        {"in_channels": 16, "all_patch_size": [2], "all_f_patch_size": [1]},
+        {"latent_channels": 16},
+    ),
+}
+FOUR_LEVELS = {"block_out_channels": [128, 256, 512, 512]}
+
+
+@pytest.mark.parametrize(("name", "d"), [("flux2", 128), ("sd3", 64), ("zimage", 64)])
+def test_published_sizes_follow_from_the_configs(name, d):
+    transformer, vae = PUBLISHED[name]
+    sizes = FAMILIES[name].geometry(transformer, vae | FOUR_LEVELS)
+    assert (sizes.pixel_patch, sizes.d, sizes.D, sizes.pixel_channels) == (16, d, 768, 192)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sizes_of_the_tiny_model_and_of_its_lifted_twin_are_the_same(name):
+    family, vae = FAMILIES[name], dict(tiny_vae(name).config)
+    pixel = lifted_pair(name).pixel.net
+    latent_sizes = family.geometry(dict(tiny_transformer(name).config), vae)
+    assert latent_sizes == family.geometry(dict(pixel.config), vae) == Geometry(4, 4, 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_vae_of_another_model_is_refused(name):
+    vae = dict(tiny_vae(name).config) | {"latent_channels": 5}
+    with pytest.raises(BadData, match="reads 4 channels, but its VAE writes 5"):
+        FAMILIES[name].geometry(dict(tiny_transformer(name).config), vae)
+
+
+def test_a_config_that_lacks_a_size_is_named():
+    with pytest.raises(BadData, match="AutoencoderKL config has no `latent_channels`"):
+        FAMILIES["sd3"].geometry(
+            {"patch_size": 2}, {"_class_name": "AutoencoderKL", "block_out_channels": [1]}
+        )
+
+
+def test_patches_that_a_family_cannot_cut_are_refused():
+    flux2, (transformer, vae) = FAMILIES["flux2"], PUBLISHED["flux2"]
+    with pytest.raises(BadData, match=r"patch_size is \[4, 4\]"):
+        flux2.geometry(transformer, vae | FOUR_LEVELS | {"patch_size": [4, 4]})
+    zimage, (transformer, vae) = FAMILIES["zimage"], PUBLISHED["zimage"]
+    with pytest.raises(BadData, match=r"are \[\(2, 1\), \(4, 1\)\]"):
+        both = {"all_patch_size": [2, 4], "all_f_patch_size": [1, 1]}
+        zimage.geometry(transformer | both, vae | FOUR_LEVELS)
+
+
+def test_more_latents_than_pixels_cannot_be_lifted():
+    with pytest.raises(BadData, match="at least as many pixels"):
+        Geometry(vae_factor=2, channels=16, patch=2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_paths_lead_to_the_right_modules(name):
+    family, net = FAMILIES[name], tiny_transformer(name)
+    assert isinstance(net.get_submodule(family.first), (nn.Linear, nn.Conv2d))
+    assert isinstance(net.get_submodule(family.last), nn.Linear)
+    norm = net.get_submodule(family.final_norm)
+    assert sum(p.numel() for p in norm.parameters()) > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_final_norm_runs_between_the_last_block_and_the_last_map(name):
+    family, pair = FAMILIES[name], lifted_pair(name)
+    net, order = pair.latent.net, []
+    last_block = [path for path, _ in net.named_modules() if path.endswith("s.1")][-1]
+    for path in (last_block, family.final_norm, family.last):
+        net.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
+
+    tau = torch.tensor([0.2, 0.9]).double()
+    pair.latent(torch.zeros(2, 24, pair.geometry.d).double(), tau, pair.text, GRID)
+
+    assert order == [last_block, family.final_norm, family.last]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_lora_pattern_names_layers_of_the_real_class(name):
+    family, net = FAMILIES[name], tiny_transformer(name)
+    for pattern in family.lora_targets:
+        paths = matching_modules(net, [pattern])
+        assert paths and not {family.first, family.last} & set(paths)
+
+
+def test_a_lora_pattern_that_names_nothing_is_refused():
+    net = tiny_transformer("sd3")
+    with pytest.raises(BadRecipe, match=r"no linear layer of SD3.* matches 'transformer_blocks.*'"):
+        matching_modules(net, ["transformer_blocks.0.ff.net.3"])
+    with pytest.raises(BadRecipe, match="did you mean 'proj_out'"):
+        matching_modules(net, ["proj_ou"])
+    both = matching_modules(net, ["*_embedder", "context_*", "proj_out"])
+    assert both == ["context_embedder", "proj_out"]  # once each
+
+
+def test_flux2_adapts_the_layers_that_were_published():
+    paths = matching_modules(tiny_transformer("flux2"), FAMILIES["flux2"].lora_targets)
+    ends = {path.split(".", 2)[-1] for path in paths if path[:5] != "time_"}
+    assert ends == {
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+        "attn.to_out",
+    }
+    assert len(paths) == 2 * 4 + 2 + 2  # two double blocks, two single ones, the time embedder
+    assert not any(path.startswith("transformer_blocks") and "attn" in path for path in paths)
+
+
+# -- the base's own time shift
+
+
+def mu_of_the_pipeline(name: str, num_tokens: int, steps: int) -> float:
+    """Ask the module that the pipeline lives in."""
+    diffusers = third_party.library("diffusers")
+    pipeline = getattr(diffusers, FAMILIES[name].pipelines[0])
+    module = importlib.import_module(pipeline.__module__)
+    if name == "flux2":
+        return float(module.compute_empirical_mu(num_tokens, steps))
+    most = {"sd3": 1.16, "zimage": 1.15}[name]  # what each pipeline falls back on
+    return float(module.calculate_shift(num_tokens, max_shift=most))
+
+
+@pytest.mark.parametrize("num_tokens", [24, 1024, 4096, 9216])
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_base_shift_gives_the_schedulers_levels(name, kind, num_tokens):
+    config = {"use_dynamic_shifting": True, "time_shift_type": kind}
+    scheduler = third_party.library("diffusers").FlowMatchEulerDiscreteScheduler(**config)
+    steps = torch.linspace(1, 1 / DEFAULT_STEPS, DEFAULT_STEPS)
+    mu = mu_of_the_pipeline(name, num_tokens, DEFAULT_STEPS)
+    scheduler.set_timesteps(sigmas=steps.tolist(), mu=mu)
+
+    shift = FAMILIES[name].base_shift(config, num_tokens)
+
+    torch.testing.assert_close(scheduler.sigmas[:-1], shift * steps / (1 + (shift - 1) * steps))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_static_shift_is_taken_from_the_scheduler(name):
+    assert FAMILIES[name].base_shift({"shift": 3.0, "use_dynamic_shifting": False}, 4096) == 3.0
+    assert FAMILIES[name].base_shift({"shift": 6.0}, 24) == 6.0
+
+
+def test_the_flux2_pipelines_default_number_of_steps_is_ours():
+    diffusers = third_party.library("diffusers")
+    for name in FAMILIES["flux2"].pipelines:
+        call = inspect.signature(getattr(diffusers, name).__call__)
+        assert call.parameters["num_inference_steps"].default == DEFAULT_STEPS
+
+
+# -- text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_are_embedded_one_by_one_as_in_a_batch(name):
+    """Order and padding do not leak between samples, and the empty prompt is a prompt."""
+    family, pipeline = FAMILIES[name], tiny_pipeline(name)
+    prompts = ["a bee", "", "a disc"]
+    together = family.encode_prompt(pipeline, prompts, 12)
+    assert prompts == ["a bee", "", "a disc"]
+    for prompt, sample in zip(prompts, together, strict=True):
+        (alone,) = family.encode_prompt(pipeline, [prompt], 12)
+        for key, tensor in alone.items():
+            torch.testing.assert_close(sample[key], tensor)
+            assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize(("name", "lengths"), [("flux2", 12), ("sd3", 28), ("zimage", None)])
+def test_padding_is_cut_only_where_the_model_cannot_see_it(name, lengths):
+    samples = FAMILIES[name].encode_prompt(tiny_pipeline(name), ["a bee", "a"], 12)
+    got = [sample["cap_feats" if name == "zimage" else "encoder_hidden_states"].shape[0]
+           for sample in samples]  # fmt: skip
+    assert got == ([7, 3] if lengths is None else [lengths, lengths])
+
+
+@pytest.mark.parametrize(("name", "length"), [("flux2", 512), ("sd3", 16 + 256)])
+def test_the_pipelines_own_length_is_the_default(name, length):
+    (sample,) = FAMILIES[name].encode_prompt(tiny_pipeline(name), ["a bee"], None)
+    assert len(sample["encoder_hidden_states"]) == length
+
+
+def test_sd3_without_t5_says_so():
+    pipeline = tiny_pipeline("sd3")
+    pipeline.text_encoder_3 = None
+    with pytest.raises(Unavailable, match="no T5"):
+        FAMILIES["sd3"].encode_prompt(pipeline, ["a bee"], 12)
+
+
+def test_collate_stacks_equal_shapes_and_keeps_ragged_ones():
+    stacked = FAMILIES["flux2"].collate([{"a": torch.zeros(3, 2)}, {"a": torch.ones(3, 2)}])
+    assert isinstance(stacked["a"], torch.Tensor) and stacked["a"].shape == (2, 3, 2)
+    ragged = FAMILIES["zimage"].collate([{"a": torch.zeros(3, 2)}, {"a": torch.ones(4, 2)}])
+    assert [len(t) for t in ragged["a"]] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        (
+            "flux2",
+            {"a": torch.zeros(4, 2)},
+            r"`a` is \(3, 2\) in sample 0 and \(4, 2\) in sample 1",
+        ),
+        ("flux2", {"b": torch.zeros(3, 2)}, r"sample 0 has \['a'\], sample 1 has \['b'\]"),
+        ("zimage", {"a": torch.zeros(3, 5)}, r"`a` is \(3, 2\) in sample 0 and \(3, 5\)"),
+        ("zimage", {}, r"sample 1 has \[\]"),
+    ],
+)
+def test_embeddings_of_different_models_are_refused(name, other, message):
+    with pytest.raises(BadData, match=message):
+        FAMILIES[name].collate([{"a": torch.zeros(3, 2)}, other])
+
+
+# -- which family
+
+
+def written(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two configs as they stand in a checkpoint."""
+    family = FAMILIES[name]
+    index = {"_class_name": family.pipelines[0], "transformer": ["diffusers", family.transformer]}
+    return index, {"_class_name": family.transformer, **TRANSFORMERS[name]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_checkpoint_names_its_family(name):
+    index, config = written(name)
+    family = FAMILIES[name]
+    assert find_family("auto", index, config) is family
+    assert find_family("auto", index, {}) is family
+    assert find_family(name, index, config) is family
+
+
+def test_an_unknown_family_lists_the_known_ones():
+    with pytest.raises(BadRecipe, match=r"no family 'flux3' \(did you mean flux2\?\); known are"):
+        find_family("flux3", *written("flux2"))
+    with pytest.raises(BadRecipe, match=r"FluxTransformer2DModel \(did you mean Flux2Tr.*zimage"):
+        find_family("auto", {}, {"_class_name": "FluxTransformer2DModel"})
+    with pytest.raises(BadRecipe, match="which it does not name"):
+        find_family("auto", {}, {})
+
+
+def test_a_family_that_does_not_fit_the_checkpoint_is_refused():
+    with pytest.raises(BadRecipe, match=r"family is sd3, a SD3T.*but the checkpoint is a Flux2T"):
+        find_family("sd3", *written("flux2"))
+
+
+def test_a_family_of_ones_own_is_imported():
+    ours = find_family("asymlift.families.zimage:ZIMAGE", *written("zimage"))
+    assert ours is FAMILIES["zimage"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_package.module:ATTR", "No module named 'no_such_package'"),
+        ("asymlift.families.zimage:NOTHING", "has no attribute 'NOTHING'"),
+        ("asymlift.families.zimage:PATCH", "is a int, not a Family"),
+        (":X", "cannot be imported"),
+    ],
+)
+def test_a_family_that_cannot_be_imported_says_why(name, message):
+    with pytest.raises(BadRecipe, match=message):
+        find_family(name, {}, {})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_vae_factor_is_that_of_the_real_vae(name):
+    """Levels halve the picture, but for the last."""
+    z = FAMILIES[name].encode_latents(tiny_vae(name), torch.zeros(1, 3, 32, 48))
+    assert z.shape == (1, VAE_SIZES["latent_channels"], 32 // 4, 48 // 4)
