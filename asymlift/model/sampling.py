@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from asymlift.data.order import generator
-from asymlift.errors import BadRecipe
+from asymlift.errors import BadData, BadRecipe
 from asymlift.families.base import Geometry, Text
 from asymlift.maths.color import ColorCode
 from asymlift.maths.guidance import clamp_denoised, guide
@@ -184,17 +184,22 @@ def _guided(
     null_text: Text | None,
     settings: SampleSettings,
 ) -> Tensor:
-    u_pos = predict(x_t, sigma, text)
-    if settings.guidance == 1:
-        return u_pos
-    assert null_text is not None, "guidance needs the empty prompt"
-    return guide(
-        u_pos,
-        predict(x_t, sigma, null_text),
-        x_t - sigma * u_pos,
-        scale=settings.guidance,
-        orthogonal=settings.orthogonal,
-    )
+    u = predict(x_t, sigma, text)
+    if settings.guidance != 1:
+        assert null_text is not None, "guidance needs the empty prompt"
+        u = guide(
+            u,
+            predict(x_t, sigma, null_text),
+            x_t - sigma * u,
+            scale=settings.guidance,
+            orthogonal=settings.orthogonal,
+        )
+    if not u.isfinite().all():  # here, because clamping colours would hide it
+        raise BadData(
+            f"the network answers with NaN or infinity at noise level {sigma:.3f}. Its weights are "
+            "broken (`asymlift verify`), or numbers overflow in bfloat16 (try float32)."
+        )
+    return u
 
 
 def unipc(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:

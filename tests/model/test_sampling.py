@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from asymlift.errors import BadRecipe
+from asymlift.families import FAMILIES
 from asymlift.families.base import Geometry
 from asymlift.maths.asymmetric import calibrate, recover_velocity
 from asymlift.maths.basis import random_basis
@@ -24,6 +25,7 @@ from asymlift.model.sampling import (
     solve_pixels,
     unipc,
 )
+from tests import tiny
 
 GEOMETRY = Geometry(vae_factor=2, channels=3, patch=2)  # p = 4, D = 48, d = 12
 GRID = (2, 3)
@@ -99,6 +101,30 @@ def difference(settings, s, **options):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_euler_in_pixels_is_euler_in_latents(s, steps, guidance):
     assert difference(replace(EULER, steps=steps, guidance=guidance, shift="base"), s) < 1e-12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lifted_network_draws_what_its_base_draws(name):
+    """The real classes, with guidance: x = s A z to float error, after any number of steps."""
+    pair = tiny.lifted_pair(name, s=1.7)
+    null = tiny.tiny_text(name, 2, seed=9, dtype=torch.float64)
+    settings = replace(EULER, guidance=3.0, orthogonal=1.0, steps=4, shift="base")
+    sigmas = noise_levels(settings, height=32, width=48, s=1.7, base_shift=3.0)
+    eps = pixel_noise(0, [0, 1], 32, 48, 8).double()
+
+    x = solve_pixels(pair.pixel, eps, pair.text, null, sigmas, settings, COLOR, tiny.GRID)
+    z = sample_latents(
+        pair.latent,
+        latent_noise(eps, pair.A),
+        pair.text,
+        null,
+        tau_from_sigma(sigmas, 1.7),
+        settings,
+        tiny.GRID,
+    )
+
+    low = 1.7 * z @ pair.A.T
+    assert (x - low).norm() / low.norm() < 1e-12
 
 
 @pytest.mark.parametrize("s", [0.4, 2.5])

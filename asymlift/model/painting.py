@@ -1,0 +1,102 @@
+"""A model, a canvas and the numbers of some pictures -> these pictures.
+
+Noise belongs to (seed, number): the same number drawn by the latent model and by the pixel model
+begins with the same noise. B pictures of H x W pixels, N = h w tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymlift.artifacts.lifted_folder import Lifted
+from asymlift.families.base import Geometry, Text
+from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.maths.schedule import tau_from_sigma
+from asymlift.maths.solver import OnStep
+from asymlift.model.pixel_flow import LatentFlow, PixelFlow
+from asymlift.model.sampling import (
+    SampleSettings,
+    latent_noise,
+    noise_for,
+    pixel_noise,
+    sample_latents,
+    sample_pixels,
+)
+
+# (numbers, text, text of the empty prompt, on_step) -> (B, 3, H, W) in [-1, 1]
+Painter = Callable[[Sequence[int], Text, Text | None, OnStep | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What all pictures of a run share."""
+
+    height: int
+    width: int
+    seed: int
+    settings: SampleSettings
+    sigmas: Tensor  # pixel noise levels
+
+    def grid(self, geometry: Geometry) -> tuple[int, int]:
+        p = geometry.pixel_patch
+        return self.height // p, self.width // p
+
+    def noise(self, geometry: Geometry, numbers: Sequence[int]) -> Tensor:
+        """(B, N, D), on the CPU."""
+        return pixel_noise(self.seed, numbers, self.height, self.width, geometry.pixel_patch)
+
+
+def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
+    """Draw with a pixel model, whatever weights it has by now."""
+    geometry = flow.geometry
+
+    def paint(
+        numbers: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
+    ) -> Tensor:
+        return sample_pixels(
+            flow,
+            canvas.noise(geometry, numbers).to(flow.A),
+            text,
+            null_text,
+            canvas.sigmas,
+            canvas.settings,
+            lifted.color,
+            canvas.grid(geometry),
+            on_step,
+        )
+
+    return paint
+
+
+def latent_painter(
+    flow: LatentFlow, vae: Any, lifted: Lifted | None, canvas: Canvas, device: torch.device
+) -> Painter:
+    """Draw with the latent model and decode by its VAE.
+
+    With a lifted model beside it, from the noise that this one sees in pixels, and on the same
+    steps; alone, from noise of its own, `canvas.sigmas` being its own levels.
+    """
+    geometry, grid = flow.geometry, canvas.grid(flow.geometry)
+    taus = tau_from_sigma(canvas.sigmas, lifted.s) if lifted else canvas.sigmas
+
+    def noise(numbers: Sequence[int]) -> Tensor:
+        if lifted:
+            return latent_noise(canvas.noise(geometry, numbers), lifted.A)
+        shape = (geometry.channels, *(side * geometry.patch for side in grid))
+        maps = [noise_for(canvas.seed, number, shape) for number in numbers]
+        return image_to_tokens(torch.stack(maps), geometry.patch)
+
+    @torch.no_grad()
+    def paint(
+        numbers: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
+    ) -> Tensor:
+        z = noise(numbers).to(device)
+        z = sample_latents(flow, z, text, null_text, taus, canvas.settings, grid, on_step)
+        latent = tokens_to_image(z, geometry.patch, grid)
+        image: Tensor = flow.family.decode_latents(vae, latent)
+        return image
+
+    return paint

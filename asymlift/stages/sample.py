@@ -1,0 +1,496 @@
+"""Pictures from prompts, by any of four weights and from matched noise: base, lifted, ema, raw.
+
+    00000-ema.png ...    one picture per prompt, number and weights
+    grid.png             one row per weights, when there are several
+    index.json           prompt, seed, settings, fingerprints, and the sha256 of each picture
+
+Noise depends on the seed and on a picture's number within its prompt, so neither the batch size
+nor other prompts change a picture. Latents start from A^T of the same noise.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from asymlift.artifacts.checkpoint import EMA, TRAINABLE, Checkpoint, open_checkpoint
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.artifacts.files import sha256_file, write_bytes_atomically, writing
+from asymlift.artifacts.lifted_folder import Lifted, read_lifted
+from asymlift.artifacts.manifest import NAME as MANIFEST
+from asymlift.artifacts.manifest import canonical_json, digest_json
+from asymlift.artifacts.safetensors_stream import load_tensors
+from asymlift.data.pictures import (
+    decode_image,
+    encode_png,
+    float_to_image,
+    image_to_float,
+    resize_image,
+)
+from asymlift.errors import BadData, BadRecipe, CannotWrite, Unavailable
+from asymlift.families import find_family
+from asymlift.families.base import Family, Geometry, Text
+from asymlift.model.loading import load_pipeline, load_pipeline_parts, load_transformer
+from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
+from asymlift.model.pixel_flow import LatentFlow, PixelFlow
+from asymlift.model.sampling import SampleSettings, noise_levels
+from asymlift.model.trained_weights import apply_trained
+from asymlift.report.pictures import grid_png
+from asymlift.runtime import dist, log
+
+Weights = Literal["base", "lifted", "ema", "raw"]
+WEIGHTS: tuple[Weights, ...] = ("base", "lifted", "ema", "raw")
+INDEX, GRID = "index.json", "grid.png"
+
+GRID_COLUMNS, GRID_SIDE = 8, 512  # of grid.png; the single pictures have their full size
+BARRIER_SECONDS = 3600  # ranks finish apart by one batch, not more
+
+Embeddings = dict[str, dict[str, Tensor]]  # prompt -> what the family's encoder made of it
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What to draw, with what, and where it goes."""
+
+    out: Path
+    prompts: tuple[str, ...]
+    height: int
+    width: int
+    weights: tuple[Weights, ...] = ("ema",)
+    settings: SampleSettings = field(default_factory=SampleSettings)
+    base: Path | None = None  # a diffusers folder
+    lifted: Path | None = None  # what convert wrote
+    checkpoint: Path | None = None  # one step-N/ folder
+    family: str = "auto"
+    seed: int = 0
+    num_per_prompt: int = 1
+    negative_prompt: str = ""  # what guidance pushes away from
+    text_length: int | None = None
+    batch: int = 4
+    device: str = "auto"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on a GPU
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of the plan; `number` counts within its prompt and chooses the noise."""
+
+    file: str
+    weights: Weights
+    prompt: str
+    number: int
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What came of it. `num_drawn` is 0 when everything was there already."""
+
+    folder: Path
+    pictures: list[dict[str, Any]]  # as in index.json
+    num_drawn: int
+    grid: Path | None
+    noise_levels: str  # in words: how many, the first, the last
+    seconds: float
+
+
+def sample(plan: SamplePlan) -> SampleReport:
+    """Draw what is missing of the plan, on all ranks together."""
+    began = time.monotonic()
+    ranks = dist.discover()
+    device = dist.device_for(ranks) if plan.device == "auto" else torch.device(plan.device)
+    if plan.precision == "auto":
+        plan = replace(plan, precision="bfloat16" if device.type == "cuda" else "float32")
+    sources = Sources(plan)
+    facts = check(plan, sources)
+    pictures = list(pictures_of(plan))
+    with dist.joined(ranks, device, BARRIER_SECONDS) if ranks.world > 1 else nullcontext():
+        missing = find_missing(plan, facts, pictures)
+        done = not missing and is_complete(plan)
+        dist.barrier()  # every rank has looked before any of them writes
+        if not done:
+            if ranks.first:
+                claim(plan, index_of(plan, facts, sources, pictures))
+            dist.barrier()
+            draw(plan, sources, missing[ranks.rank :: ranks.world], device)
+            dist.barrier()
+            if ranks.first:
+                write_grid(plan, sources, pictures)
+                finish(plan, index_of(plan, facts, sources, pictures))
+            dist.barrier()
+    return SampleReport(
+        folder=plan.out,
+        pictures=read_index(plan.out)["pictures"],
+        num_drawn=len(missing),
+        grid=plan.out / GRID if len(plan.weights) > 1 else None,
+        noise_levels=facts["noise_levels"],
+        seconds=time.monotonic() - began,
+    )
+
+
+def check(plan: SamplePlan, sources: "Sources | None" = None) -> dict[str, Any]:
+    """Refuse what cannot be drawn, without drawing; the facts that decide what would be."""
+    sources = sources or Sources(plan)
+    sources.check()
+    facts: dict[str, Any] = json.loads(canonical_json(describe(plan, sources)))
+    return facts
+
+
+# ---- what is sampled ---------------------------------------------------------------------------
+
+
+class Sources:
+    """The folders of a plan, opened when they are needed and checked against each other."""
+
+    def __init__(self, plan: SamplePlan) -> None:
+        self.plan = plan
+        if not plan.prompts:
+            raise BadRecipe("no prompts: give at least one, or a file with one per line")
+        for place, kinds, remedy in (
+            (plan.base, {"base"}, "give the base model's diffusers folder"),
+            (plan.lifted, {"lifted", "ema", "raw"}, "run `asymlift convert` first"),
+            (plan.checkpoint, {"ema", "raw"}, "run `asymlift finetune` first"),
+        ):
+            if place is None and (wanted := kinds & set(plan.weights)):
+                raise Unavailable(f"weights {', '.join(sorted(wanted))}: not there; {remedy}")
+
+    @cached_property
+    def base(self) -> DiffusersFolder | None:
+        return DiffusersFolder(self.plan.base) if self.plan.base else None
+
+    @cached_property
+    def lifted(self) -> Lifted | None:
+        return read_lifted(self.plan.lifted) if self.plan.lifted else None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        trained = {"ema", "raw"} & set(self.plan.weights)
+        return open_checkpoint(self.plan.checkpoint) if self.plan.checkpoint and trained else None
+
+    @cached_property
+    def pipeline(self) -> DiffusersFolder:
+        """The folder that text encoders, VAE and scheduler are read from."""
+        return DiffusersFolder(self.lifted.folder) if self.lifted else self._certain_base
+
+    @cached_property
+    def family(self) -> Family:
+        name = self.plan.family
+        if self.lifted and ":" not in name:
+            name = self.lifted.family
+        return find_family(name, self.pipeline.model_index, self.pipeline.config("transformer"))
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        if self.lifted:
+            return self.lifted.geometry
+        base = self._certain_base
+        return self.family.geometry(base.config("transformer"), base.config("vae"))
+
+    @property
+    def _certain_base(self) -> DiffusersFolder:
+        assert self.base is not None
+        return self.base
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of everything whose weights are used."""
+        found = {}
+        if self.base and "base" in self.plan.weights:
+            found["base"] = self.base.fingerprint("transformer")
+            found["base VAE"] = self.base.fingerprint("vae")
+        if self.lifted:
+            found["lifted model"] = digest_json(self.lifted.facts)
+        if self.checkpoint:
+            found["checkpoint"] = f"sha256:{sha256_file(self.checkpoint.folder / MANIFEST)}"
+        return found
+
+    def check(self) -> None:
+        """Refuse a size that is no whole number of tokens, and folders of different models."""
+        p = self.geometry.pixel_patch
+        for name, given in (("height", self.plan.height), ("width", self.plan.width)):
+            if given < p or given % p:
+                nearest = max(p, round(given / p) * p)
+                raise BadRecipe(
+                    f"{name} {given}: this model's patches are {p} pixels wide, so sizes are "
+                    f"multiples of {p}; the nearest is {nearest}"
+                )
+        if self.lifted:
+            made = f"{self.plan.lifted}: lifted from"
+            origin = self.lifted.fingerprints
+            same(made, origin.get("base_transformer"), "base", self.fingerprints)
+            same(made, origin.get("vae"), "base VAE", self.fingerprints)
+        if self.checkpoint:
+            of_run = self.checkpoint.state.get("fingerprints", {}).get("lifted")
+            same(f"{self.plan.checkpoint}: trained from", of_run, "lifted model", self.fingerprints)
+            if "ema" in self.plan.weights and not (self.checkpoint.folder / EMA).is_file():
+                raise Unavailable(
+                    f"{self.checkpoint.folder}: has no {EMA}, as the run kept no average; "
+                    "sample its weights of that step: --weights raw"
+                )
+
+    def noise_levels(self) -> Tensor:
+        """Pixel noise levels; without a lifted model the base's own levels."""
+        plan, settings = self.plan, self.plan.settings
+        num_tokens = plan.height * plan.width // self.geometry.pixel_patch**2
+        if self.lifted is None and settings.shift == "sqrt_pixels":
+            settings = replace(settings, shift="base")
+        return noise_levels(
+            settings,
+            height=plan.height,
+            width=plan.width,
+            s=self.lifted.s if self.lifted else 1.0,
+            base_shift=self.family.base_shift(self.pipeline.config("scheduler"), num_tokens),
+        )
+
+    def label(self, weights: Weights) -> str:
+        step = f"step {self.checkpoint.step}" if self.checkpoint else ""
+        return {
+            "base": "latent base",
+            "lifted": "lifted",
+            "ema": f"finetuned\n{step}, average",
+            "raw": f"finetuned\n{step}",
+        }[weights]
+
+
+def same(owner: str, recorded: str | None, name: str, found: dict[str, str]) -> None:
+    """What an artifact says it was made from has to be what is given; silence is allowed."""
+    if recorded and name in found and recorded != found[name]:
+        raise BadData(
+            f"{owner} another {name} than the one given.\n"
+            f"recorded {recorded}\ngiven    {found[name]}"
+        )
+
+
+# ---- what is on disk ---------------------------------------------------------------------------
+
+
+def pictures_of(plan: SamplePlan) -> Iterator[Picture]:
+    """By weights, then prompt, then number."""
+    for weights in plan.weights:
+        for position, prompt in enumerate(plan.prompts):
+            for number in range(plan.num_per_prompt):
+                index = position * plan.num_per_prompt + number
+                yield Picture(f"{index:05d}-{weights}.png", weights, prompt, number)
+
+
+def describe(plan: SamplePlan, sources: Sources) -> dict[str, Any]:
+    """All that decides what the pictures look like: two runs with equal facts draw the same."""
+    sigmas = sources.noise_levels()
+    return {
+        "prompts": plan.prompts,
+        "negative_prompt": plan.negative_prompt,
+        "text_length": plan.text_length,
+        "seed": plan.seed,
+        "num_per_prompt": plan.num_per_prompt,
+        "height": plan.height,
+        "width": plan.width,
+        "weights": plan.weights,
+        "precision": plan.precision,
+        "settings": asdict(plan.settings),
+        "noise_levels": f"{len(sigmas) - 1} from {sigmas[0]:.6f}, the last {sigmas[-2]:.4f}",
+        "fingerprints": sources.fingerprints,
+    }
+
+
+def find_missing(
+    plan: SamplePlan, facts: dict[str, Any], pictures: Sequence[Picture]
+) -> list[Picture]:
+    """The pictures still to draw; a folder that holds those of another plan is refused."""
+    if plan.overwrite or not (plan.out / INDEX).exists():
+        return list(pictures)
+    index = read_index(plan.out)
+    if index["facts"] != facts:
+        keys = facts.keys() | index["facts"].keys()
+        changed = sorted(key for key in keys if facts.get(key) != index["facts"].get(key))
+        raise CannotWrite(
+            f"{plan.out}: holds pictures made with other {', '.join(changed)}.\n"
+            "Choose another folder, or replace them: --overwrite"
+        )
+    sha256 = {entry["file"]: entry["sha256"] for entry in index["pictures"]}
+    return [
+        picture
+        for picture in pictures
+        if not (plan.out / picture.file).is_file()
+        # Until the index is complete it knows no digests; a picture there is whole all the same.
+        or sha256.get(picture.file) not in (None, sha256_file(plan.out / picture.file))
+    ]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index: dict[str, Any] = json.loads(path.read_bytes())
+        if {"facts", "pictures", "complete"} <= index.keys():
+            return index
+    except (ValueError, AttributeError):
+        pass
+    raise BadData(f"{path}: damaged. Draw the pictures again: --overwrite")
+
+
+def is_complete(plan: SamplePlan) -> bool:
+    gridded = len(plan.weights) < 2 or (plan.out / GRID).is_file()
+    return gridded and read_index(plan.out)["complete"]
+
+
+def index_of(
+    plan: SamplePlan, facts: dict[str, Any], sources: Sources, pictures: Sequence[Picture]
+) -> dict[str, Any]:
+    return {
+        "kind": "samples",
+        "complete": False,
+        "facts": facts,
+        "paths": {
+            name: str(path)
+            for name in ("base", "lifted", "checkpoint")
+            if (path := getattr(plan, name))
+        },
+        "family": sources.family.name,
+        "torch": torch.__version__,
+        "pictures": [asdict(p) | {"seed": plan.seed, "sha256": None} for p in pictures],
+    }
+
+
+def claim(plan: SamplePlan, index: dict[str, Any]) -> None:
+    """Write the index before the pictures: what is drawn here belongs to this plan."""
+    with writing(plan.out):
+        plan.out.mkdir(parents=True, exist_ok=True)
+    if plan.overwrite:
+        for old in plan.out.glob("[0-9]*-*.png"):
+            old.unlink()
+    write_bytes_atomically(plan.out / INDEX, canonical_json(index))
+
+
+def finish(plan: SamplePlan, index: dict[str, Any]) -> None:
+    """Write it again, with the digests of what was drawn."""
+    for entry in index["pictures"]:
+        entry["sha256"] = sha256_file(plan.out / entry["file"])
+    write_bytes_atomically(plan.out / INDEX, canonical_json(index | {"complete": True}))
+
+
+def write_grid(plan: SamplePlan, sources: Sources, pictures: Sequence[Picture]) -> None:
+    """One row per weights, from the pictures on disk; the first few columns, reduced."""
+    if len(plan.weights) < 2:
+        return
+    shrink = min(1.0, GRID_SIDE / max(plan.height, plan.width))
+    size = round(plan.height * shrink), round(plan.width * shrink)
+    rows = []
+    for weights in plan.weights:
+        first = islice((p for p in pictures if p.weights == weights), GRID_COLUMNS)
+        images = [
+            image_to_float(resize_image(decode_image((plan.out / p.file).read_bytes()), *size))
+            for p in first
+        ]
+        rows.append((sources.label(weights), torch.stack(images)))
+    grow = max(1, 128 // max(size))
+    write_bytes_atomically(plan.out / GRID, grid_png(rows, grow))
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+
+def draw(
+    plan: SamplePlan,
+    sources: Sources,
+    pictures: Sequence[Picture],
+    device: torch.device,
+) -> None:
+    """Draw and write this rank's pictures, one set of weights in memory at a time."""
+    if not pictures:
+        return
+    guided = plan.settings.guidance != 1
+    prompts = {p.prompt for p in pictures} | ({plan.negative_prompt} if guided else set())
+    embeddings = encode_prompts(plan, sources, sorted(prompts), device)
+    kinds = [weights for weights in plan.weights if any(p.weights == weights for p in pictures)]
+    batches = {
+        weights: list(batched([p for p in pictures if p.weights == weights], plan.batch))
+        for weights in kinds
+    }
+    sigmas = sources.noise_levels()
+    canvas = Canvas(plan.height, plan.width, plan.seed, plan.settings, sigmas)
+    total = plan.settings.steps * sum(map(len, batches.values()))
+    with log.progress("sampling", total) as ticker:
+        for weights in kinds:
+            painter = load_painter(plan, sources, weights, canvas, device)
+            for batch in batches[weights]:
+                text = collate(sources.family, [embeddings[p.prompt] for p in batch], device)
+                null = None
+                if guided:
+                    empty = [embeddings[plan.negative_prompt]] * len(batch)
+                    null = collate(sources.family, empty, device)
+                numbers = [p.number for p in batch]
+                images = painter(numbers, text, null, lambda step, x: ticker.tick())
+                for picture, image in zip(batch, images, strict=True):
+                    save(plan, picture, image)
+            del painter
+            free_memory(device)
+
+
+def load_painter(
+    plan: SamplePlan, sources: Sources, weights: Weights, canvas: Canvas, device: torch.device
+) -> Painter:
+    """Load one set of weights, ready to draw."""
+    family, geometry, lifted = sources.family, sources.geometry, sources.lifted
+    half = torch.bfloat16 if plan.precision == "bfloat16" else None
+    # Without autocast the whole network has to be of one type.
+    stored: Any = "stored" if half else torch.float32
+    if weights == "base":
+        assert plan.base is not None
+        net = load_transformer(plan.base, family, dtype=stored)
+        latent = LatentFlow(net, family, geometry, half).to(device)
+        vae = load_pipeline_parts(plan.base, ["vae"], dtype=torch.float32)["vae"].to(device)
+        return latent_painter(latent, vae, lifted, canvas, device)
+    assert lifted is not None
+    net = load_transformer(lifted.folder, family, dtype=stored)
+    if weights != "lifted":
+        assert sources.checkpoint is not None
+        trained = sources.checkpoint.folder / (EMA if weights == "ema" else TRAINABLE)
+        apply_trained(net, load_tensors(trained), sources.checkpoint.state.get("lora"))
+    flow = PixelFlow(net, family, geometry, lifted.A, lifted.s, half).to(device)
+    return pixel_painter(flow, lifted, canvas)
+
+
+def encode_prompts(
+    plan: SamplePlan, sources: Sources, prompts: Sequence[str], device: torch.device
+) -> Embeddings:
+    """Embed each prompt alone, so that it comes out the same whatever the others are."""
+    parts = sources.pipeline.components.keys() - {"transformer", "vae"}
+    pipeline = load_pipeline(sources.pipeline.path, parts).to(device)
+    with torch.no_grad():
+        found = {
+            prompt: sources.family.encode_prompt(pipeline, [prompt], plan.text_length)[0]
+            for prompt in prompts
+        }
+    del pipeline
+    free_memory(device)
+    return found
+
+
+def collate(family: Family, samples: Sequence[dict[str, Tensor]], device: torch.device) -> Text:
+    return family.collate([{k: t.to(device) for k, t in one.items()} for one in samples])
+
+
+def save(plan: SamplePlan, picture: Picture, image: Tensor) -> None:
+    if not image.isfinite().all():
+        raise BadData(f"{picture.file}: the VAE's picture holds NaN or infinity: broken weights?")
+    write_bytes_atomically(plan.out / picture.file, encode_png(float_to_image(image)))
+
+
+def batched(pictures: Sequence[Picture], size: int) -> Iterator[Sequence[Picture]]:
+    for start in range(0, len(pictures), size):
+        yield pictures[start : start + size]
+
+
+def free_memory(device: torch.device) -> None:
+    """Give a GPU's memory back at once; elsewhere what is not used goes by itself."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

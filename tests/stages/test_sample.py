@@ -1,0 +1,383 @@
+"""`sample` end to end on a tiny FLUX.2: real folders, real files, every refusal."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from asymlift.artifacts.checkpoint import committing
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.artifacts.files import sha256_file
+from asymlift.artifacts.lifted_folder import KIND, read_lifted, write_lifted_facts
+from asymlift.artifacts.manifest import digest_json, write_manifest
+from asymlift.data.pictures import decode_image, image_to_float
+from asymlift.errors import BadData, BadRecipe, CannotWrite, Unavailable
+from asymlift.families import FAMILIES
+from asymlift.maths.color import ColorCode
+from asymlift.maths.patches import tokens_to_image
+from asymlift.maths.schedule import tau_from_sigma
+from asymlift.model.loading import load_transformer
+from asymlift.model.painting import Canvas
+from asymlift.model.pixel_flow import LatentFlow
+from asymlift.model.sampling import SampleSettings, latent_noise, sample_latents
+from asymlift.stages import sample as stage
+from asymlift.stages.sample import GRID, INDEX, SamplePlan, Sources, load_painter, sample
+from tests import tiny
+
+FAMILY = FAMILIES["flux2"]
+COLOR = ColorCode("oklab", mean=(0.56, 0.0, 0.01), std=0.16)
+S = 1.7
+PROMPTS = ("a red disc", "two cats")
+QUICK = SampleSettings(steps=3)
+LORA = "transformer_blocks.0.ff.linear_in"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base, what convert makes of it, and a checkpoint."""
+    root = tmp_path_factory.mktemp("sample")
+    net = tiny.tiny_transformer("flux2")
+    base = tiny.write_pipeline(root / "base", "flux2", transformer=net)
+    lifted = write_lifted(root / "lifted", base, net, S)
+    facts = read_lifted(lifted).facts
+    state = {
+        "lora": {"rank": 2, "alpha": 4.0},
+        "fingerprints": {"lifted": digest_json(facts)},
+    }
+    weights = load_file(lifted / "transformer" / "diffusion_pytorch_model.safetensors")
+    with committing(root / "checkpoints", 250, state) as staged:
+        for name, change in (("trainable", 0.3), ("ema", 0.1)):
+            rows, columns = weights[f"{LORA}.weight"].shape
+            trained = {
+                "proj_out.weight": weights["proj_out.weight"] * (1 + change),
+                f"{LORA}.lora_A.weight": torch.full((2, columns), change),
+                f"{LORA}.lora_B.weight": torch.full((rows, 2), change),
+            }
+            save_file(trained, staged / f"{name}.safetensors")
+    return {"base": base, "lifted": lifted, "checkpoint": root / "checkpoints" / "step-000250"}
+
+
+def write_lifted(folder, base, net, s):
+    geometry = tiny.tiny_geometry("flux2")
+    A = tiny.random_basis(geometry)
+    shutil.copytree(base, folder)
+    shutil.rmtree(folder / "transformer")
+    # In float64, cast once, as convert does.
+    doubled = type(net).from_config(net.config).double()
+    doubled.load_state_dict(net.state_dict())
+    tiny.lift(doubled, FAMILY, geometry, A).float().save_pretrained(folder / "transformer")
+    write_lifted_facts(
+        folder,
+        family="flux2",
+        geometry=geometry,
+        A=A.float(),
+        s=s,
+        color=COLOR,
+        fingerprints={
+            "base_transformer": DiffusersFolder(base).fingerprint("transformer"),
+            "vae": DiffusersFolder(base).fingerprint("vae"),
+            "basis": f"sha256:{s}",
+        },
+        more={},
+    )
+    write_manifest(folder, kind=KIND, facts={})
+    return folder
+
+
+@pytest.fixture
+def plan(folders, tmp_path):
+    return SamplePlan(
+        out=tmp_path / "samples",
+        prompts=PROMPTS,
+        height=16,
+        width=24,
+        settings=QUICK,
+        text_length=32,
+        device="cpu",
+        **folders,
+    )
+
+
+def change(plan, **changes):
+    return dataclasses.replace(plan, **changes)
+
+
+def read(plan):
+    return {path.name: path.read_bytes() for path in sorted(plan.out.iterdir())}
+
+
+def test_every_kind_of_weights_is_drawn_from_matched_noise_and_written_down(plan, folders):
+    plan = change(plan, weights=("base", "lifted", "ema", "raw"), num_per_prompt=2)
+
+    report = sample(plan)
+
+    assert report.num_drawn == 16
+    index = json.loads((plan.out / INDEX).read_bytes())
+    assert index["complete"] is True
+    assert index["facts"]["settings"]["guidance"] == 4.0
+    assert index["facts"]["noise_levels"].startswith("3 from 0.99999")
+    lifted = digest_json(read_lifted(folders["lifted"]).facts)
+    assert index["facts"]["fingerprints"]["lifted model"] == lifted
+    assert len(index["facts"]["fingerprints"]) == 4
+    assert [entry["file"] for entry in index["pictures"]] == [
+        f"{number:05d}-{weights}.png" for weights in plan.weights for number in range(4)
+    ]
+    for entry in index["pictures"]:
+        image = decode_image((plan.out / entry["file"]).read_bytes())
+        assert image.shape == (3, 16, 24)
+        assert entry["sha256"] == sha256_file(plan.out / entry["file"])
+    assert index["pictures"][3] == {
+        "file": "00003-base.png",
+        "weights": "base",
+        "prompt": "two cats",
+        "number": 1,
+        "seed": 0,
+        "sha256": index["pictures"][3]["sha256"],
+    }
+    assert len({entry["sha256"] for entry in index["pictures"]}) == 16
+    grid = decode_image(report.grid.read_bytes())
+    assert grid.shape[1] > 4 * 16 * 5  # four rows, each pixel shown five times
+    assert grid.shape[2] > 4 * 24 * 5
+
+
+def test_lifted_pictures_are_the_decoded_latents_seen_through_the_basis(plan):
+    """With guidance too: Euler, on the base's own steps, colours not clamped on the way."""
+    settings = SampleSettings("euler", 5, guidance=3.0, orthogonal=1.0, clamp=False, shift="base")
+    plan = change(plan, settings=settings, weights=("lifted",), precision="float32")
+    sources = Sources(plan)
+    lifted, sigmas = sources.lifted, sources.noise_levels()
+    canvas = Canvas(plan.height, plan.width, plan.seed, settings, sigmas)
+    text = tiny.tiny_text("flux2", 2)
+    null = tiny.tiny_text("flux2", 2, seed=9)
+
+    drawn = load_painter(plan, sources, "lifted", canvas, torch.device("cpu"))(
+        [0, 1], text, null, None
+    )
+
+    grid = canvas.grid(lifted.geometry)
+    net = load_transformer(plan.base, FAMILY, dtype=torch.float32)
+    z = sample_latents(
+        LatentFlow(net, FAMILY, lifted.geometry),
+        latent_noise(canvas.noise(lifted.geometry, [0, 1]), lifted.A),
+        text,
+        null,
+        tau_from_sigma(sigmas, S),
+        settings,
+        grid,
+    )
+    low = COLOR.decode(tokens_to_image(S * z @ lifted.A.T, 8, grid)).clamp(-1, 1)
+    assert low.std() > 0.1
+    assert (drawn - low).abs().max() < 2e-4
+
+
+def test_a_second_run_says_that_it_is_done(plan):
+    sample(plan)
+    before = {path: path.stat().st_mtime_ns for path in plan.out.iterdir()}
+
+    report = sample(plan)
+
+    assert report.num_drawn == 0
+    assert len(report.pictures) == 2
+    assert {path: path.stat().st_mtime_ns for path in plan.out.iterdir()} == before
+
+
+def test_pictures_are_the_same_in_batches_of_one_and_of_three(plan):
+    """Up to the last of 256 levels: matrix products of other shapes round otherwise."""
+    several = change(plan, num_per_prompt=3, prompts=PROMPTS[:1], weights=("base", "ema"))
+    apart = change(several, batch=1, out=plan.out.with_name("apart"))
+    together = change(several, batch=3, out=plan.out.with_name("together"))
+    sample(apart)
+    sample(together)
+    for path in sorted(apart.out.glob("*.png")):
+        if path.name != GRID:
+            one, other = (decode_image(f.read_bytes()) for f in (path, together.out / path.name))
+            assert (one.int() - other.int()).abs().max() <= 1
+
+
+def test_a_picture_does_not_depend_on_the_other_prompts(plan):
+    sample(plan)
+    alone = change(plan, prompts=PROMPTS[1:], out=plan.out.with_name("alone"), batch=1)
+    sample(alone)
+    one, other = (
+        image_to_float(decode_image((folder / name).read_bytes()))
+        for folder, name in ((plan.out, "00001-ema.png"), (alone.out, "00000-ema.png"))
+    )
+    assert (one - other).abs().max() <= 1 / 127
+
+
+def test_only_what_is_missing_or_damaged_is_drawn_again(plan):
+    plan = change(plan, batch=1)
+    sample(plan)
+    whole = read(plan)
+    (plan.out / "00000-ema.png").unlink()
+    assert sample(plan).num_drawn == 1
+    (plan.out / "00001-ema.png").write_bytes(b"half a pict")
+    assert sample(plan).num_drawn == 1
+    assert read(plan) == whole
+
+
+def test_a_killed_run_is_taken_up_where_it_stopped(plan, monkeypatch):
+    plan = change(plan, batch=1, weights=("lifted", "ema"))
+    whole = change(plan, out=plan.out.with_name("whole"))
+    sample(whole)
+    real, saved = stage.save, []
+
+    def save_some(plan, picture, image):
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+        saved.append(picture)
+        real(plan, picture, image)
+
+    monkeypatch.setattr(stage, "save", save_some)
+    with pytest.raises(KeyboardInterrupt):
+        sample(plan)
+    monkeypatch.setattr(stage, "save", real)
+
+    assert sample(plan).num_drawn == 3
+    assert read(plan) == read(whole)
+
+
+def test_pictures_of_another_plan_are_not_mixed_or_replaced_unasked(plan):
+    sample(plan)
+    other = change(plan, seed=1, prompts=PROMPTS[:1])
+    with pytest.raises(CannotWrite) as refused:
+        sample(other)
+    assert "made with other prompts, seed." in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+
+    sample(change(other, overwrite=True))
+    assert sorted(read(plan)) == ["00000-ema.png", INDEX]
+
+
+def test_a_damaged_index_is_named(plan):
+    sample(plan)
+    (plan.out / INDEX).write_text("{")
+    with pytest.raises(BadData, match=r"index.json: damaged"):
+        sample(plan)
+    assert sample(change(plan, overwrite=True)).num_drawn == 2
+
+
+def test_the_base_alone_samples_on_its_own_levels(plan):
+    report = sample(change(plan, lifted=None, checkpoint=None, weights=("base",)))
+    assert report.num_drawn == 2
+    shift = FAMILY.base_shift({"use_dynamic_shifting": True}, 6)
+    last = shift / (shift + 2)  # 3 steps
+    assert report.noise_levels.endswith(f"the last {last:.4f}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"height": 20}, BadRecipe, "height 20: this model's patches are 8 pixels wide"),
+        ({"height": 20}, BadRecipe, "the nearest is 16"),
+        ({"width": 23}, BadRecipe, "width 23: .*the nearest is 24"),
+        ({"width": 3}, BadRecipe, "the nearest is 8"),
+        ({"prompts": ()}, BadRecipe, "no prompts"),
+        ({"lifted": None}, Unavailable, "weights ema: not there; run `asymlift convert` first"),
+        ({"checkpoint": None}, Unavailable, "weights ema: not there; run `asymlift finetune`"),
+        ({"base": None, "weights": ("base",)}, Unavailable, "weights base: not there; give"),
+        (
+            {"settings": SampleSettings("euler", 40, shift=0.1, floor=0.01)},
+            BadRecipe,
+            "40 steps at shift 0.1 end on noise level 2.6e-03, below the floor 0.01",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_written(plan, changes, kind, message):
+    with pytest.raises(kind, match=message):
+        sample(change(plan, **changes))
+    assert not plan.out.exists()
+
+
+def test_a_run_without_an_average_is_told_what_it_has(plan, tmp_path):
+    with committing(tmp_path, 5, {"lora": None, "fingerprints": {}}) as staged:
+        save_file({"proj_out.weight": torch.zeros(192, 32)}, staged / "trainable.safetensors")
+    plan = change(plan, checkpoint=tmp_path / "step-000005")
+    with pytest.raises(Unavailable, match="--weights raw"):
+        sample(plan)
+    assert sample(change(plan, weights=("raw",))).num_drawn == 2
+
+
+def test_another_base_than_the_one_that_was_lifted_is_refused(plan, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(plan.base, other)
+    weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.weight"][0, 0] += 1
+    save_file(tensors, weights)
+    with pytest.raises(BadData) as refused:
+        sample(change(plan, base=other, weights=("base", "lifted")))
+    assert "lifted: lifted from another base than the one given" in str(refused.value)
+    assert str(refused.value).count("sha256:") == 2
+
+
+def test_a_checkpoint_of_another_lifted_model_is_refused(plan, tmp_path):
+    net = tiny.tiny_transformer("flux2")
+    other = write_lifted(tmp_path / "lifted", plan.base, net, 2.0)
+    with pytest.raises(BadData, match="trained from another lifted model than the one given"):
+        sample(change(plan, lifted=other))
+
+
+def test_weights_that_are_not_finite_are_named_and_nothing_is_drawn(plan, tmp_path):
+    with committing(tmp_path, 5, {"lora": None}) as staged:
+        broken = {"proj_out.weight": torch.full((192, 32), torch.nan)}
+        save_file(broken, staged / "trainable.safetensors")
+    plan = change(plan, checkpoint=tmp_path / "step-000005", weights=("raw",))
+    with pytest.raises(BadData, match="the network answers with NaN or infinity at noise level 1"):
+        sample(plan)
+    assert not list(plan.out.glob("*.png"))
+
+
+def test_a_vae_that_is_not_finite_is_named(plan, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(plan.base, base)
+    weights = base / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["decoder.conv_out.bias"][:] = torch.nan
+    save_file(tensors, weights)
+    with pytest.raises(BadData, match="lifted from another base VAE than the one given"):
+        sample(change(plan, base=base, weights=("base",)))
+    alone = change(plan, base=base, weights=("base",), lifted=None)
+    with pytest.raises(BadData, match=r"00000-base\.png: the VAE's picture holds NaN"):
+        sample(alone)
+
+
+RANK = """
+import sys, pickle
+from asymlift.stages.sample import sample
+plan = pickle.loads(bytes.fromhex(sys.argv[1]))
+print(sample(plan).num_drawn)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_pictures_and_write_one_index(plan, free_port):
+    alone = change(plan, batch=1, num_per_prompt=2)
+    sample(alone)
+    shared = change(alone, out=plan.out.with_name("shared"))
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, pickle.dumps(shared).hex()],
+            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]
+    assert [int(rank.communicate(timeout=120)[0]) for rank in ranks] == [4, 4]
+    assert read(shared) == read(alone)
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
