@@ -280,7 +280,8 @@ class ShardReader:
 
     def bytes_of(self, sample: SampleIndex, suffix: str) -> bytes:
         offset, size = sample.members[suffix]
-        data = os.pread(self._open(sample.shard).fd, size, offset)
+        file = self._open(sample.shard)  # held until the read is over: see OpenFile
+        data = os.pread(file.fd, size, offset)
         if len(data) != size:
             raise BadSample(sample.where, "shard changed since it was indexed")
         return data
