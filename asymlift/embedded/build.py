@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ VAE_CHANNELS = (16, 32, 64)  # three levels: one latent pixel for 4 x 4 pixels
 LATENT_CHANNELS = 4
 PATCH = 8  # pixels per token side: 4 of the VAE, 2 of the packing
 HEADS, HEAD_DIM = 4, 32
+BASE_ROUNDS = 2  # the schedule runs twice, the second time from the first one's average
 EMPTY_SHARE = 0.1  # captions dropped, so that guidance has an unconditional model
 
 # Seeds of scenes that no two purposes share.
@@ -60,8 +62,8 @@ class Variant:
 
 
 VARIANTS = {
-    "weak": Variant("tiny", vae_steps=1100, base_steps=5000),
-    "good": Variant("tiny-good-vae", vae_steps=3000, base_steps=5000),
+    "weak": Variant("tiny", vae_steps=1100, base_steps=3000),
+    "good": Variant("tiny-good-vae", vae_steps=3000, base_steps=3000),
 }
 
 
@@ -72,6 +74,7 @@ class FeaturePlan:
     widths: tuple[int, ...]
     seed: int
     scenes: int
+    steps: int = 2600
 
 
 FEATURE_NETS = {
@@ -85,60 +88,79 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder that receives the models")
     parser.add_argument("--variant", choices=[*VARIANTS, "all"], default="all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base-steps", type=int, help="steps of the transformer, for a short try")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a try")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in VARIANTS if args.variant == "all" else [args.variant]:
-        build(args.out, VARIANTS[name], seed=args.seed, base_steps=args.base_steps)
+        build(args.out, VARIANTS[name], seed=args.seed, scale=args.scale)
 
 
-def build(out: Path, variant: Variant, *, seed: int, base_steps: int | None = None) -> None:
+def build(out: Path, variant: Variant, *, seed: int, scale: float) -> None:
     """Make one pipeline folder, and the feature nets where they are missing."""
-    began = time.process_time()
     folder = out / variant.folder
     folder.mkdir(parents=True, exist_ok=True)
-    nets = {name: make_feature_net(out, name) for name in FEATURE_NETS}
-    if not (folder / "vae").exists():
-        save_small(train_vae(variant.vae_steps, seed=seed), folder / "vae")
-    vae = AutoencoderKLFlux2.from_pretrained(folder / "vae").eval().requires_grad_(False)
+    record = folder / "build.json"
+    seconds = json.loads(record.read_text())["cpu_seconds"] if record.exists() else {}
+
+    def make(name: str, path: Path, train: Callable[[], None]) -> Path:
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            began = time.process_time()
+            train()
+            seconds[name] = round(time.process_time() - began)
+        return path
+
+    def steps(full: int) -> int:
+        return max(1, round(full * scale))
+
+    nets = {}
+    for name, plan in FEATURE_NETS.items():
+        path = out / "feature_nets" / f"{name}.safetensors"
+        make(name, path, partial(make_feature_net, plan, steps(plan.steps), path))
+        nets[name] = FeatureNet.load(path)
+
+    path = folder / "vae"
+    make("vae", path, lambda: save_small(train_vae(steps(variant.vae_steps), seed=seed), path))
+    vae = AutoencoderKLFlux2.from_pretrained(path).eval().requires_grad_(False)
+
     tokenizer = make_tokenizer()
-    text_encoder = make_text_encoder(len(tokenizer), seed=seed + 1)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder}
-    if not (folder / "transformer").exists():
-        pipeline = Flux2KleinPipeline(scheduler=scheduler, transformer=None, **parts)
-        save_small(
-            train_base(pipeline, base_steps or variant.base_steps, seed=seed + 2),
-            folder / "transformer",
-        )
-    transformer = Flux2Transformer2DModel.from_pretrained(folder / "transformer").eval()
-    pipeline = Flux2KleinPipeline(scheduler=scheduler, transformer=transformer, **parts)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=make_text_encoder(len(tokenizer), seed=seed + 1),
+        tokenizer=tokenizer,
+        transformer=None,
+    )
+
+    def train_transformer() -> None:
+        net = make_transformer(seed=seed + 2)
+        for _ in range(BASE_ROUNDS):
+            train_base(net, pipeline, steps(variant.base_steps))
+        save_small(net, folder / "transformer")
+
+    path = make("transformer", folder / "transformer", train_transformer)
+    transformer = Flux2Transformer2DModel.from_pretrained(path).eval()
+    pipeline.register_modules(transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
     save_rest(pipeline, folder)
 
-    summary = asdict(variant) | {"seed": seed, "base_steps": base_steps or variant.base_steps}
-    summary |= measure(pipeline, nets["metrics"])
-    summary["cpu_seconds"] = round(time.process_time() - began)
+    summary = asdict(variant) | {"seed": seed, "scale": scale, "image_size": IMAGE_SIZE}
+    summary |= measure(pipeline, nets["metrics"]) | {"cpu_seconds": seconds}
     text = json.dumps(summary, indent=2)
-    (folder / "build.json").write_text(text + "\n")
+    record.write_text(text + "\n")
     print(f"wrote {folder}\n{text}")
 
 
 # --- feature nets ---------------------------------------------------------------------------------
 
 
-def make_feature_net(out: Path, name: str) -> FeatureNet:
-    """Return a feature net, trained if OUT_DIR does not hold it yet."""
-    path = out / "feature_nets" / f"{name}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        train_feature_net(name).save(path)
-    return FeatureNet.load(path)
+def make_feature_net(plan: FeaturePlan, steps: int, path: Path) -> None:
+    train_feature_net(plan, steps).save(path)
 
 
-def train_feature_net(name: str, steps: int = 2600, batch: int = 48) -> FeatureNet:
+def train_feature_net(plan: FeaturePlan, steps: int, *, batch: int = 48) -> FeatureNet:
     """Learn the five labels from scenes, a third of them noisy and a sixth blurred."""
-    plan = FEATURE_NETS[name]
     torch.manual_seed(plan.seed)
     scenes = make_scenes(range(8192), seed=plan.scenes, size=IMAGE_SIZE)
     net = FeatureNet(plan.widths)
@@ -160,7 +182,9 @@ def train_feature_net(name: str, steps: int = 2600, batch: int = 48) -> FeatureN
             start=torch.zeros(()),
         )
 
-    optimise(name, net, loss_at, steps=steps, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.01)
+    optimise(
+        "feature net", net, loss_at, steps=steps, lr=3e-3, betas=(0.9, 0.999), weight_decay=0.01
+    )
     return net
 
 
@@ -195,7 +219,7 @@ def train_vae(steps: int, *, seed: int, batch: int = 16) -> AutoencoderKLFlux2:
         return loss
 
     optimise("vae", vae, loss_at, steps=steps, lr=2.5e-3, betas=(0.9, 0.99), warmup=50, flat=0.0)
-    vae.eval()
+    vae.eval().requires_grad_(False)
     packed = pack(encode(vae, images[:4096])).flatten(0, 1)
     vae.bn.running_mean.copy_(packed.mean(0))
     vae.bn.running_var.copy_(packed.var(0))
@@ -226,13 +250,10 @@ def encode_tokens(vae: AutoencoderKLFlux2, image: Tensor) -> Tensor:
 # --- transformer ----------------------------------------------------------------------------------
 
 
-def train_base(
-    pipeline: Flux2KleinPipeline, steps: int, *, seed: int, batch: int = 48
-) -> Flux2Transformer2DModel:
-    """Train the latent flow model on what the pipeline's own encode_prompt says."""
+def make_transformer(*, seed: int) -> Flux2Transformer2DModel:
     torch.manual_seed(seed)
     width = 4 * LATENT_CHANNELS
-    net = Flux2Transformer2DModel(
+    return Flux2Transformer2DModel(
         in_channels=width,
         out_channels=width,
         num_layers=1,
@@ -244,6 +265,12 @@ def train_base(
         axes_dims_rope=(HEAD_DIM // 4,) * 4,
         guidance_embeds=False,
     )
+
+
+def train_base(
+    net: Flux2Transformer2DModel, pipeline: Flux2KleinPipeline, steps: int, *, batch: int = 48
+) -> None:
+    """Train the latent flow model on what the pipeline's own encode_prompt says."""
     scenes = (make_scenes(range(i, i + 2048), seed=TRAIN, size=IMAGE_SIZE) for i in CORPUS)
     parts = [(encode_tokens(pipeline.vae, part.image), part.labels) for part in scenes]
     tokens, labels = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -271,7 +298,6 @@ def train_base(
     optimise(
         "base", net, loss_at, steps=steps, lr=1.5e-3, betas=(0.9, 0.98), warmup=100, average=0.998
     )
-    return net
 
 
 @torch.no_grad()
@@ -304,6 +330,7 @@ def optimise(
     average: float | None = None,
 ) -> None:
     """Run AdamW: warm up, stay flat for a share of the steps, fall to zero; end on the average."""
+    net.train()
     parameters = list(net.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr, betas=betas, weight_decay=weight_decay, fused=True
@@ -333,12 +360,13 @@ def optimise(
     if average:
         for p, value in zip(parameters, mean, strict=True):
             p.data.copy_(value)
-    net.eval().requires_grad_(False)
 
 
 def save_small(model: ModelMixin, path: Path) -> None:
     """Save in bfloat16, as FLUX.2 is; what follows is trained on the weights read back."""
-    model.to(torch.bfloat16).save_pretrained(path)
+    unfinished = path.with_name(f"{path.name}.part")
+    model.to(torch.bfloat16).save_pretrained(unfinished)
+    unfinished.rename(path)  # a part is there whole or not at all
 
 
 def save_rest(pipeline: Flux2KleinPipeline, folder: Path) -> None:
