@@ -1,0 +1,144 @@
+"""A folder that is built beside its target and takes its place by one rename.
+
+Next to `lifted/` lie, while it is being made, `.lifted.lock` and `.lifted.work/`: `new/` is the
+folder to be, `old/` the one it replaces, `done.jsonl` the files that need not be made again after
+a crash, `identity` what is being made. At every instant the target is whole (old or new) or absent.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from asymlift.artifacts import manifest
+from asymlift.artifacts.files import (
+    exclusive_lock,
+    fsync_folder,
+    link_or_copy,
+    sha256_file,
+    write_bytes_atomically,
+    writing,
+)
+
+
+class StagedFolder:
+    """One conversion under way; make one with `staged_folder`."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.work = target.with_name(f".{target.name}.work")
+        self.new = self.work / "new"
+        self.sha256: dict[str, str] = {}  # of every file in the folder so far
+        self._done: dict[str, str] = {}  # what an earlier run had finished
+
+    def begin(self, identity: str) -> bool:
+        """Go on with what a killed run left; False if that was something else and is gone now."""
+        note = self.work / "identity"
+        same = note.is_file() and note.read_bytes() == identity.encode()
+        stale = self.new.exists() and not same
+        with writing(self.work):
+            self.work.mkdir(exist_ok=True)
+            if not same:
+                shutil.rmtree(self.new, ignore_errors=True)
+                self._log.unlink(missing_ok=True)
+                write_bytes_atomically(note, identity.encode())
+            self.new.mkdir(exist_ok=True)
+            (self.new / manifest.NAME).unlink(missing_ok=True)
+        self._done = dict(self._finished())
+        return not stale
+
+    def make(self, name: str, build: Callable[[Path], str]) -> bool:
+        """Have `build(path)` write a file and return its sha256; False if it was there already."""
+        path = self._place(name)
+        if name in self._done and path.is_file() and sha256_file(path) == self._done[name]:
+            self.sha256[name] = self._done[name]
+            return False
+        with writing(path):
+            path.unlink(missing_ok=True)
+            self.sha256[name] = build(path)
+            with self._log.open("ab", buffering=0) as log:
+                log.write(json.dumps([name, self.sha256[name]]).encode() + b"\n")
+                os.fsync(log.fileno())
+        return True
+
+    def write(self, name: str, data: bytes) -> None:
+        """A small file, made anew every time."""
+        write_bytes_atomically(self._place(name), data)
+        self.sha256[name] = sha256_file(self.new / name)
+
+    def link(self, name: str, source: Path, sha256: str) -> bool:
+        """A file that is taken over as it is; True if it costs no space."""
+        path = self._place(name)
+        with writing(path):
+            if path.exists() and path.samefile(source):
+                linked = True
+            else:
+                path.unlink(missing_ok=True)
+                linked = link_or_copy(source, path)
+        assert linked or sha256_file(path) == sha256, f"{source} changed while it was copied"
+        self.sha256[name] = sha256
+        return linked
+
+    def can_link(self, source: Path) -> bool:
+        """Whether files beside `source` can be linked into this folder."""
+        probe = self.work / "probe"
+        with writing(probe):
+            probe.unlink(missing_ok=True)
+            linked = link_or_copy(source, probe)
+            probe.unlink()
+        return linked
+
+    def commit(self, *, kind: str, facts: dict[str, Any]) -> None:
+        """Write the manifest and put the folder where it belongs, replacing what is there."""
+        with writing(self.target):
+            for name in set(manifest.list_files(self.new)) - set(self.sha256):
+                (self.new / name).unlink()  # a half-written file of a killed run
+            for root, _, _ in os.walk(self.new):
+                fsync_folder(Path(root))
+            manifest.write_manifest(self.new, kind=kind, facts=facts, known=self.sha256)
+            old = self.work / "old"
+            if self.target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                self.target.rename(old)
+            self.new.rename(self.target)
+            fsync_folder(self.target.parent)
+        self.clear()
+
+    def discard(self) -> None:
+        """Throw the new folder away; what it would have replaced stays."""
+        shutil.rmtree(self.new, ignore_errors=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what is left beside a target that is whole."""
+        if self.target.exists() or not (self.work / "old").exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    @property
+    def _log(self) -> Path:
+        return self.work / "done.jsonl"
+
+    def _place(self, name: str) -> Path:
+        path = self.new / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _finished(self) -> Iterator[tuple[str, str]]:
+        lines = self._log.read_bytes().splitlines() if self._log.exists() else []
+        for line in lines:
+            with suppress(ValueError):  # the last line may have been cut
+                name, sha256 = json.loads(line)
+                yield name, sha256
+
+
+@contextmanager
+def staged_folder(target: Path, purpose: str) -> Iterator[StagedFolder]:
+    """Hold the lock on a target while its replacement is made."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(target.with_name(f".{target.name}.lock"), purpose):
+        yield StagedFolder(target)
