@@ -1,6 +1,7 @@
 """A diffusers pipeline folder, read without diffusers: JSON and safetensors, never pickle."""
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,23 @@ class DiffusersFolder:
                     )
         return headers
 
+    @cached_property
+    def license(self) -> str | None:
+        """The license fields at the head of the model card, if there is one."""
+        card = next((p for p in self.path.iterdir() if p.name.lower() == "readme.md"), None)
+        if card is None:
+            return None
+        head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+        found = re.findall(r"^license(?:_name|_link)?:[ \t]*(\S.*?)\s*$", head, re.MULTILINE)
+        return ", ".join(found) or None
+
     def sha256(self, path: Path) -> str:
         """Digest of one file of this folder, computed once."""
         if path not in self._sha256:
-            self._sha256[path] = sha256_file(path)
+            try:
+                self._sha256[path] = sha256_file(path)
+            except OSError as error:
+                raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
         return self._sha256[path]
 
     def fingerprint(self, component: str) -> str:

@@ -1,0 +1,120 @@
+"""A pipeline folder is read as JSON and safetensors; what does not fit together is named."""
+
+import json
+import shutil
+
+import pytest
+
+from asymlift.artifacts.diffusers_folder import DiffusersFolder, is_plain_name
+from asymlift.errors import BadData
+from tests.reliability.fake_pipeline import transformer_tensors, write_base, write_json
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write_base(tmp_path / "base")
+
+
+def test_it_knows_its_parts(base):
+    folder = DiffusersFolder(base)
+    assert folder.components["transformer"] == "Flux2Transformer2DModel"
+    assert folder.config("scheduler") == {"shift": 3.0}
+    assert folder.config("vae")["latent_channels"] == 2
+    assert [path.name[24:29] for path in folder.weight_files("transformer")] == [
+        "00001",
+        "00002",
+        "00003",
+    ]
+    names = {name for header in folder.headers("transformer").values() for name in header.tensors}
+    assert names == transformer_tensors(0).keys()
+    assert folder.license == "other, a-license"
+
+
+def test_a_fingerprint_follows_weights_and_config_but_not_what_saving_changes(base):
+    fingerprint = DiffusersFolder(base).fingerprint("vae")
+    assert fingerprint.startswith("sha256:")
+
+    config = json.loads((base / "vae/config.json").read_text())
+    write_json(base / "vae/config.json", config | {"_diffusers_version": "9.9"})
+    assert DiffusersFolder(base).fingerprint("vae") == fingerprint
+
+    write_json(base / "vae/config.json", config | {"scaling_factor": 0.5})
+    assert DiffusersFolder(base).fingerprint("vae") != fingerprint
+
+    write_json(base / "vae/config.json", config)
+    weights = base / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    assert DiffusersFolder(base).fingerprint("vae") != fingerprint
+
+
+def test_what_is_no_pipeline_folder_is_refused(base, tmp_path):
+    with pytest.raises(BadData, match="no such folder"):
+        DiffusersFolder(tmp_path / "nowhere")
+    with pytest.raises(BadData, match=r"no model_index\.json"):
+        DiffusersFolder(tmp_path)
+    shutil.rmtree(base / "vae")
+    with pytest.raises(BadData, match="no vae/ in this"):
+        DiffusersFolder(base).config("vae")
+    (base / "scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(BadData, match=r"scheduler_config\.json: not JSON"):
+        DiffusersFolder(base).config("scheduler")
+    (base / "scheduler/scheduler_config.json").unlink()
+    with pytest.raises(BadData, match=r"no config\.json"):
+        DiffusersFolder(base).config("scheduler")
+
+
+def change_index(base, **weight_map):
+    path = base / "transformer" / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"] |= weight_map
+    write_json(path, index)
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/x.safetensors", "a/b", "", 7])
+def test_an_index_cannot_lead_out_of_its_folder(name, base):
+    change_index(base, **{"proj_out.weight": name})
+    with pytest.raises(BadData, match=r"proj_out\.weight is said to be in .*no plain file name"):
+        DiffusersFolder(base).weight_files("transformer")
+
+
+def test_an_index_of_pickles_is_refused(base):
+    change_index(base, **{"proj_out.weight": "pytorch_model.bin"})
+    with pytest.raises(BadData, match="only safetensors are read"):
+        DiffusersFolder(base).weight_files("transformer")
+
+
+def test_an_index_and_its_shards_must_agree(base):
+    folder = base / "transformer"
+    shards = DiffusersFolder(base).weight_files("transformer")
+    change_index(base, **{"proj_out.weight": shards[0].name})
+    with pytest.raises(BadData, match=r"says that proj_out\.weight is in .*00001.* but it is in"):
+        DiffusersFolder(base).headers("transformer")
+    change_index(base, **{"proj_out.weight": shards[2].name, "extra": shards[2].name})
+    with pytest.raises(BadData, match=r"extra is in .* but it is in no file"):
+        DiffusersFolder(base).headers("transformer")
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(BadData, match=r"x_embedder\.weight is in .* too"):
+        DiffusersFolder(base).headers("transformer")
+    shards[1].unlink()
+    with pytest.raises(BadData, match=r"00002.* is missing"):
+        DiffusersFolder(base).headers("transformer")
+    write_json(folder / INDEX, {"metadata": {}})
+    with pytest.raises(BadData, match="no weight_map"):
+        DiffusersFolder(base).headers("transformer")
+
+
+def test_pickles_are_refused_by_name(base):
+    weights = base / "vae/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(BadData, match=r"diffusion_pytorch_model\.bin: a pickle.*run code"):
+        DiffusersFolder(base).weight_files("vae")
+    weights.with_suffix(".bin").unlink()
+    with pytest.raises(BadData, match="no weights called"):
+        DiffusersFolder(base).weight_files("vae")
+
+
+def test_plain_names_stay_in_their_folder():
+    assert is_plain_name("model-00001-of-00002.safetensors")
+    assert not any(is_plain_name(name) for name in ("", ".", "..", "a/b", "a\\b", ".hidden", "\0"))
