@@ -1,0 +1,382 @@
+"""Base model and basis -> lifted/: the same pipeline, its transformer reading pixel tokens.
+
+Two maps change; everything else keeps its bytes, and most files are hard links. The new folder is
+built beside its target and renamed when it has been verified.
+"""
+
+import dataclasses
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import torch
+
+from asymlift import __version__
+from asymlift.artifacts import lifted_folder
+from asymlift.artifacts.basis_file import Basis, load_basis
+from asymlift.artifacts.diffusers_folder import PICKLES, DiffusersFolder, read_json
+from asymlift.artifacts.files import free_bytes, human_bytes, sha256_file
+from asymlift.artifacts.lifted_weights import COMPONENT, LiftedWeights
+from asymlift.artifacts.manifest import check_manifest, digest_json, list_files, read_manifest
+from asymlift.artifacts.staging import StagedFolder, staged_folder
+from asymlift.errors import BadData, CannotWrite
+from asymlift.families.base import Family, Geometry
+from asymlift.maths.color import ColorCode
+from asymlift.stages.self_check import (
+    Conditioning,
+    Coupling,
+    Maps,
+    check_coupling,
+    check_maps,
+    why_not_coupled,
+)
+
+PAPERS = re.compile(r"readme|licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
+SLACK = 1 << 20  # for configs, the manifest and what the file system needs
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """What to convert, and into what."""
+
+    base: Path  # a diffusers pipeline folder
+    basis: Path
+    output: Path
+    family: Family
+    family_name: str = ""  # as the recipe names it, where that is module:NAME
+    color: ColorCode | None = None  # needed only for a basis that does not say
+    verify: Literal["auto", "maps", "full"] = "auto"
+    text_length: int | None = None  # tokens per prompt in the full check; None: the pipeline's own
+    conditioning: Conditioning | None = None  # for the full check, where no encoders are
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What convert did, and how exact the result is."""
+
+    path: Path
+    rank: int
+    patch: int
+    scale: float
+    license: str | None  # of the base model, as its README states it
+    notes: list[str]
+    already_done: bool = False
+    linked: int = 0  # files that cost no space
+    written: int = 0  # weight files that changed
+    resumed: int = 0  # of these, finished by an earlier run
+    maps: Maps | None = None
+    coupling: Coupling | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that was read and checked before the first byte is written."""
+
+    base: DiffusersFolder
+    basis: Basis
+    geometry: Geometry
+    color: ColorCode
+    weights: LiftedWeights
+    carried: dict[str, Path]  # every file outside the transformer, by its relative path
+    fingerprints: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(plan: ConvertPlan) -> ConvertReport:
+    """Convert. Run again, it goes on after a kill, or says that it is done."""
+    started = time.monotonic()
+    output = plan.output.resolve()
+    with staged_folder(output, f"{plan.output}") as staged:
+        source = read_source(plan)
+        identity = _identity(plan, source)
+        report = ConvertReport(
+            path=plan.output,
+            rank=source.geometry.d,
+            patch=source.geometry.pixel_patch,
+            scale=source.basis.s,
+            license=source.base.license,
+            notes=source.notes,
+        )
+        if output.exists() and _is_done(plan, output, identity):
+            staged.clear()
+            report = _already_done(plan, source, output, report)
+        else:
+            if not staged.begin(digest_json([identity, __version__])):
+                source.notes.append(f"{staged.work}: an unfinished conversion of something else")
+            report = _build(plan, source, staged, report)
+            staged.commit(kind=lifted_folder.KIND, facts=identity)
+    return dataclasses.replace(report, seconds=time.monotonic() - started)
+
+
+def read_source(plan: ConvertPlan) -> Source:
+    """Read and check everything that goes in; writes nothing."""
+    base, family = DiffusersFolder(plan.base), plan.family
+    notes: list[str] = []
+    if (base.path / lifted_folder.FACTS).exists():
+        raise BadData(f"{plan.base}: is lifted already; give the latent model it was made from.")
+    config = base.config(COMPONENT)
+    if config.get("_class_name") != family.transformer.rpartition(":")[2]:
+        raise BadData(
+            f"{plan.base}: its transformer is a {config.get('_class_name')}, but family "
+            f"{family.name} is for {family.transformer}. Choose another family, or `auto`."
+        )
+    geometry = family.geometry(config, base.config("vae"))
+    basis = load_basis(plan.basis, geometry.pixel_patch)
+    weights = LiftedWeights.of(base, family, geometry, basis.A)
+    carried = _carried_files(base, notes)
+    with ThreadPoolExecutor(4) as pool:  # hashing does not hold the interpreter's lock
+        list(pool.map(base.sha256, [*weights.headers, *carried.values()]))
+    if basis.unknown:
+        notes.append(f"{plan.basis}: does not say {', '.join(basis.unknown)}; not checked")
+    return Source(
+        base=base,
+        basis=basis,
+        geometry=geometry,
+        color=_check_basis(plan, basis, geometry, base),
+        weights=weights,
+        carried=carried,
+        fingerprints={
+            "base_transformer": base.fingerprint(COMPONENT),
+            "vae": base.fingerprint("vae"),
+            "basis": "sha256:" + sha256_file(plan.basis),
+            "base": digest_json({name: base.sha256(path) for name, path in carried.items()}),
+        },
+        notes=notes,
+    )
+
+
+def _check_basis(
+    plan: ConvertPlan, basis: Basis, geometry: Geometry, base: DiffusersFolder
+) -> ColorCode:
+    """Refuse a basis that belongs to another model; return the colour space that it is for."""
+    if basis.A.shape[1] != geometry.d:
+        raise BadData(
+            f"{plan.basis}: has rank {basis.A.shape[1]}, but a latent token of {plan.base} has "
+            f"{geometry.d} numbers. Fit a basis for this model."
+        )
+    if basis.family not in (None, plan.family.name):
+        raise BadData(
+            f"{plan.basis}: was fitted for family {basis.family}, but {plan.base} is "
+            f"{plan.family.name}. Fit a basis for this model."
+        )
+    if basis.order != "c p q":
+        raise BadData(f"{plan.basis}: its tokens are in order {basis.order!r}, not 'c p q'.")
+    if basis.vae_fingerprint not in (None, base.fingerprint("vae")):
+        raise BadData(
+            f"{plan.basis}: was fitted with another VAE\n({basis.vae_fingerprint}) than that of "
+            f"{plan.base}\n({base.fingerprint('vae')}). Fit a basis for this model."
+        )
+    color = basis.color or plan.color
+    if color is None:
+        raise BadData(
+            f"{plan.basis}: does not say in which colour space it was fitted. Give `color` in "
+            "the recipe (published bases: oklab, mean [0.56, 0.0, 0.01], std 0.16)."
+        )
+    if plan.color not in (None, color):
+        raise BadData(f"{plan.basis}: was fitted in {color}, the recipe says {plan.color}.")
+    return color
+
+
+def _carried_files(base: DiffusersFolder, notes: list[str]) -> dict[str, Path]:
+    """Every file that is taken over as it is; what is left behind is noted."""
+    carried = {
+        path.name: path
+        for path in sorted(base.path.iterdir())
+        if path.is_file() and (path.name == "model_index.json" or PAPERS.match(path.name))
+    }
+    for component in sorted(set(base.components) - {COMPONENT}):
+        folder = base.path / component
+        if not folder.is_dir():
+            notes.append(f"{folder}: named in model_index.json, but not there")
+            continue
+        names = [name for name in list_files(folder) if not name.startswith(".")]
+        pickles = [name for name in names if Path(name).suffix in PICKLES]
+        if pickles and not any(name.endswith(".safetensors") for name in names):
+            base.weight_files(component)  # says what to do about them
+        if pickles:
+            notes.append(f"{folder}: pickles are left out ({', '.join(pickles)})")
+        carried |= {f"{component}/{n}": folder / n for n in names if n not in pickles}
+    index = base.index_path(COMPONENT)
+    known = {path.name for path in [*base.weight_files(COMPONENT), *([index] if index else [])]}
+    others = set(list_files(base.folder(COMPONENT))) - known - {"config.json"}
+    if others:
+        notes.append(f"{base.folder(COMPONENT)}: left out ({', '.join(sorted(others))})")
+    return carried
+
+
+def _identity(plan: ConvertPlan, source: Source) -> dict[str, Any]:
+    """What makes two conversions the same, whichever version of asymlift runs them."""
+    return {
+        "family": plan.family_name or plan.family.name,
+        "color": dataclasses.asdict(source.color) | {"mean": list(source.color.mean)},
+        "fingerprints": source.fingerprints,
+    }
+
+
+def _is_done(plan: ConvertPlan, output: Path, identity: dict[str, Any]) -> bool:
+    """Whether the target is this conversion, whole. What must not be replaced is refused."""
+    if output.is_dir() and not any(output.iterdir()):
+        return False
+    if not (output / lifted_folder.FACTS).exists():
+        raise CannotWrite(
+            f"{plan.output}: exists, and was not made by `asymlift convert`. "
+            "Move it away, or choose another folder."
+        )
+    try:
+        found = read_manifest(output).facts
+        problems = check_manifest(output) if found == identity else []
+    except BadData as error:
+        found, problems = {}, [str(error)]
+    if found == identity and not problems:
+        return True
+    if plan.overwrite:
+        return False
+    if problems:
+        raise CannotWrite(
+            f"{plan.output}: exists but is damaged ({problems[0]}). "
+            "Use --overwrite to make it again."
+        )
+    raise CannotWrite(
+        f"{plan.output}: holds another conversion ({_difference(found, identity)}). "
+        "Use --overwrite to replace it, or choose another folder."
+    )
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    old, new = ({**facts, **facts["fingerprints"]} for facts in (found, wanted))
+    keys = [key for key in new if old.get(key) != new[key] and key != "fingerprints"]
+    return "; ".join(f"{key} {_short(old.get(key))}, now {_short(new[key])}" for key in keys)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:15] + "..." if text.startswith("sha256:") else text
+
+
+def _already_done(
+    plan: ConvertPlan, source: Source, output: Path, report: ConvertReport
+) -> ConvertReport:
+    checks = read_json(output / lifted_folder.FACTS)["verification"]
+    coupling = Coupling(**checks["coupling"]) if checks["coupling"] else None
+    if plan.verify == "full" and coupling is None:
+        coupling = _coupling(plan, source, output)
+    return dataclasses.replace(
+        report, already_done=True, maps=Maps(**checks["maps"]), coupling=coupling
+    )
+
+
+def _build(
+    plan: ConvertPlan, source: Source, staged: StagedFolder, report: ConvertReport
+) -> ConvertReport:
+    """Fill the staged folder and verify it."""
+    weights, linked, written, resumed = source.weights, 0, 0, 0
+    _check_space(plan, source, staged)
+    for name, path in source.carried.items():
+        linked += staged.link(name, path, source.base.sha256(path))
+    for path in weights.headers:
+        name = f"{COMPONENT}/{path.name}"
+        if weights.is_changed(path):
+            written += 1
+            resumed += not staged.make(name, weights.writer_of(path))
+        else:
+            linked += staged.link(name, path, source.base.sha256(path))
+    staged.write(f"{COMPONENT}/config.json", weights.config())
+    if index := weights.index():
+        staged.write(f"{COMPONENT}/{index[0]}", index[1])
+    weights.check(staged.new)
+    try:
+        maps, coupling = _verify(plan, source, staged.new)
+    except BadData:
+        staged.discard()
+        raise
+    lifted_folder.write_lifted_facts(
+        staged.new,
+        family=plan.family_name or plan.family.name,
+        geometry=source.geometry,
+        A=source.basis.A,
+        s=source.basis.s,
+        color=source.color,
+        fingerprints=source.fingerprints,
+        more=_more_facts(source, maps, coupling),
+    )
+    for name in (lifted_folder.FACTS, lifted_folder.TENSORS):
+        staged.sha256[name] = sha256_file(staged.new / name)
+    return dataclasses.replace(
+        report, linked=linked, written=written, resumed=resumed, maps=maps, coupling=coupling
+    )
+
+
+def _check_space(plan: ConvertPlan, source: Source, staged: StagedFolder) -> None:
+    """Refuse before the first byte, not in the middle."""
+    weights = source.weights
+    copies, rewritten = list(source.carried.values()), []
+    for path in weights.headers:
+        present = (staged.new / COMPONENT / path.name).exists()
+        if not weights.is_changed(path):
+            copies.append(path)
+        elif not present:
+            rewritten.append(path)
+    needed = SLACK + sum(weights.num_bytes(path) for path in rewritten)
+    if not staged.can_link(source.base.path / "model_index.json"):
+        needed += sum(path.stat().st_size for path in copies)
+    free = free_bytes(staged.work)
+    if free < needed:
+        raise CannotWrite(
+            f"{plan.output}: needs {human_bytes(needed)}, but only {human_bytes(free)} are free "
+            "here. Free some space, or choose another folder."
+        )
+
+
+def _verify(plan: ConvertPlan, source: Source, folder: Path) -> tuple[Maps, Coupling | None]:
+    """Always the maps; the whole model where that is asked for, or possible."""
+    maps = check_maps(
+        source.base, DiffusersFolder(folder), plan.family, source.geometry, source.basis.A
+    )
+    if plan.verify == "maps":
+        return maps, None
+    reason = why_not_coupled(source.base, plan.conditioning)
+    if plan.verify == "auto" and reason:
+        source.notes.append(f"verified only the two maps: {reason}")
+        return maps, None
+    return maps, _coupling(plan, source, folder)
+
+
+def _coupling(plan: ConvertPlan, source: Source, folder: Path) -> Coupling:
+    return check_coupling(
+        source.base,
+        folder,
+        plan.family,
+        source.geometry,
+        source.basis.A,
+        source.basis.s,
+        conditioning=plan.conditioning,
+        text_length=plan.text_length,
+    )
+
+
+def _more_facts(source: Source, maps: Maps, coupling: Coupling | None) -> dict[str, Any]:
+    basis = source.basis
+    return {
+        "basis": {
+            "method": basis.method,
+            "num_images": basis.num_images,
+            "alignment": basis.alignment,
+            "scale": basis.s,
+        },
+        "base_license": source.base.license,
+        "verification": {
+            "maps": dataclasses.asdict(maps),
+            "coupling": coupling and dataclasses.asdict(coupling),
+        },
+        "versions": {
+            "asymlift": __version__,
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }

@@ -1,0 +1,222 @@
+"""How convert knows that it is right: the two maps read back, and two samplers run side by side.
+
+B images, N = h w tokens, d latent and D pixel token width.
+"""
+
+import gc
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.artifacts.files import human_bytes
+from asymlift.artifacts.safetensors_stream import read_tensor
+from asymlift.errors import BadData, Unavailable
+from asymlift.families.base import Family, Geometry, Text
+from asymlift.maths.lift import lift_last, unlift_first, unlift_last
+from asymlift.maths.schedule import sigma_from_tau, sigma_grid
+from asymlift.maths.solver import euler
+
+Conditioning = Callable[[], Text]  # for a batch of BATCH
+
+MAPS_TOLERANCE = 2e-6  # float32 rounding of the maps and of A; measured 3e-8 to 2e-7
+COUPLING_TOLERANCE = 1e-4  # float32 through a whole network and all steps (method, section 4)
+BATCH = 2
+PROMPTS = ["", "a red lighthouse on a cliff at dawn"]
+GRID = (4, 6)  # not square, so that a transposed grid shows
+STEPS = 8
+FLOOR = 1e-6  # below every sigma of the grid, so that it changes nothing
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Relative errors of the two maps, as they stand in the written files."""
+
+    first: float  # W_in' A against W_in
+    last: float  # A^T W_out' against W_out, bias included
+    outside: float  # the part of W_out' that is outside the range of A
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How closely Euler in pixels followed Euler in latents, in float32."""
+
+    error: float  # relative, in the final image
+    psnr: float  # dB, the peak being the largest value of the image
+    steps: int
+
+
+def check_maps(
+    base: DiffusersFolder, lifted: DiffusersFolder, family: Family, geometry: Geometry, A: Tensor
+) -> Maps:
+    """Read both maps back from both folders and compare them in the latent basis, in float64."""
+    A, q = A.double(), geometry.patch
+    identity = torch.eye(geometry.d, dtype=torch.float64)  # only drops what a lift drops
+
+    def both(name: str) -> tuple[Tensor, Tensor] | None:
+        old, new = (_find(folder, name) for folder in (base, lifted))
+        return None if old is None or new is None else (old.double(), new.double())
+
+    first, last, outside = [], [], []
+    for kind in ("weight", "bias"):
+        if pair := both(f"{family.first}.{kind}"):
+            old, new = pair
+            if kind == "weight":
+                new = unlift_first(new, A, patch=q, order=family.order_in)
+            first.append(_relative(new, old))
+        if pair := both(f"{family.last}.{kind}"):
+            kept = lift_last(pair[0], identity, patch=q, order=family.order_out)
+            back = unlift_last(pair[1], A, patch=q, order=family.order_out)
+            last.append(_relative(back, kept))
+            again = lift_last(back, A, patch=q, order=family.order_out)
+            outside.append(_relative(again, pair[1]))
+    maps = Maps(*(_rounded(max(errors)) for errors in (first, last, outside)))
+    worst = max(maps.first, maps.last, maps.outside)
+    if not worst <= MAPS_TOLERANCE:
+        raise BadData(
+            f"{lifted.path}: the maps that were written are not those of the base: relative "
+            f"error {worst:.1e}, allowed is {MAPS_TOLERANCE:.0e}. Nothing was kept; is the disk "
+            "or the memory faulty?"
+        )
+    return maps
+
+
+def why_not_coupled(base: DiffusersFolder, conditioning: Conditioning | None) -> str | None:
+    """The reason why the full check cannot run here, or None."""
+    encoders = [name for name in base.components if name.startswith("text_encoder")]
+    if conditioning is None:
+        if not encoders:
+            return "the pipeline has no text encoder"
+        missing = [name for name in encoders if not (base.path / name).is_dir()]
+        if missing:
+            return f"{missing[0]}/ is not in the base folder"
+    encoder_bytes = 0 if conditioning else _weight_bytes(base, encoders)
+    needed = int(1.2 * max(_float32_bytes(base), encoder_bytes)) + (1 << 30)
+    available = _available_memory()
+    if needed > available:
+        return (
+            f"the full check needs {human_bytes(needed)} of memory, "
+            f"{human_bytes(available)} are available"
+        )
+    return None
+
+
+@torch.no_grad()
+def check_coupling(
+    base: DiffusersFolder,
+    lifted: Path,
+    family: Family,
+    geometry: Geometry,
+    A: Tensor,
+    s: float,
+    *,
+    conditioning: Conditioning | None = None,
+    text_length: int | None = None,
+) -> Coupling:
+    """Sample from the base in latents and from the lifted model in pixels, from matched noise.
+
+    The results must be one image: x = s A z (method, section 4). One model is loaded at a time.
+    """
+    from asymlift.model.loading import load_transformer  # diffusers loads only here
+    from asymlift.model.pixel_flow import LatentFlow, PixelFlow
+
+    reason = why_not_coupled(base, conditioning)
+    if reason:
+        raise Unavailable(f"{base.path}: cannot be verified in full: {reason}. Use --verify maps.")
+    device = _device(_float32_bytes(base))
+    text = _to(conditioning() if conditioning else _encode(base, family, text_length), device)
+    A = A.to(device)
+    noise = torch.randn(BATCH, math.prod(GRID), geometry.D, generator=torch.Generator()).to(device)
+    tau = sigma_grid(STEPS, 1.0, device=device)
+
+    def latent_run() -> Tensor:
+        net = load_transformer(base.path, family, dtype=torch.float32).to(device)
+        flow = LatentFlow(net, family, geometry)
+        return euler(lambda z, t: flow(z, t.float().expand(BATCH), text, GRID), noise @ A, tau)
+
+    def pixel_run() -> Tensor:
+        net = load_transformer(lifted, family, dtype=torch.float32).to(device)
+        flow = PixelFlow(net, family, geometry, A, s)
+        return euler(
+            lambda x, t: flow(x, t.float().expand(BATCH), text, GRID, floor=FLOOR),
+            noise,
+            sigma_from_tau(tau, s),
+        )
+
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = s * latent_run() @ A.T
+        gc.collect()
+        image = pixel_run()
+    error, rms = _relative(image, expected), (image - expected).square().mean().sqrt()
+    psnr = 20 * math.log10(float(expected.abs().max() / rms.clamp(min=1e-30)))
+    if not error <= COUPLING_TOLERANCE:
+        raise BadData(
+            f"{base.path}: sampling in pixels does not follow sampling in latents: relative error "
+            f"{error:.1e} ({psnr:.0f} dB), allowed is {COUPLING_TOLERANCE:.0e}. Nothing was kept; "
+            f"does family {family.name} describe this checkpoint?"
+        )
+    return Coupling(_rounded(error), round(psnr, 1), STEPS)
+
+
+def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> Text:
+    from asymlift.model.loading import load_pipeline
+
+    parts = {name for name in base.components if name.startswith(("text_encoder", "tokenizer"))}
+    pipeline = load_pipeline(base.path, parts)
+    text = family.collate(family.encode_prompt(pipeline, PROMPTS, text_length))
+    del pipeline
+    gc.collect()
+    return text
+
+
+def _to(text: Text, device: torch.device) -> Text:
+    return {
+        key: value.to(device) if isinstance(value, Tensor) else [part.to(device) for part in value]
+        for key, value in text.items()
+    }
+
+
+def _find(folder: DiffusersFolder, name: str) -> Tensor | None:
+    for path, header in folder.headers("transformer").items():
+        if name in header.tensors:
+            return read_tensor(path, name, header)
+    return None
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    value, expected = value.double(), expected.double()
+    return float((value - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def _rounded(error: float) -> float:
+    return float(f"{error:.2g}")
+
+
+def _float32_bytes(base: DiffusersFolder) -> int:
+    headers = base.headers("transformer").values()
+    return 4 * sum(math.prod(info.shape) for h in headers for info in h.tensors.values())
+
+
+def _weight_bytes(base: DiffusersFolder, components: list[str]) -> int:
+    return sum(path.stat().st_size for name in components for path in base.weight_files(name))
+
+
+def _available_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _device(model_bytes: int) -> torch.device:
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * model_bytes + (1 << 30):
+        return torch.device("cuda")
+    return torch.device("cpu")
