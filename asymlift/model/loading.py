@@ -194,6 +194,9 @@ def _load_part(folder: Path, index: Mapping[str, Any], name: str, dtype: Any) ->
         options |= {"use_safetensors": True, "output_loading_info": True}
         if dtype is not None:
             options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
+    vocabularies = set(getattr(part, "vocab_files_names", {}).values())
+    if vocabularies and not any((place / file).is_file() for file in vocabularies):
+        raise BadData(f"{place}: no vocabulary in it ({_some(sorted(vocabularies))})")
     missing: Collection[str] = ()
     try:
         loaded = part.from_pretrained(str(place), **options)
