@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def encode_latents(vae: Any, image: Tensor) -> Tensor:
     """Turn an image in [-1, 1] into the latent (B, C, h, w) that the transformer denoises."""
     raw = vae.encode(image.to(vae.dtype)).latent_dist.mode().float()
@@ -12,6 +14,7 @@ def encode_latents(vae: Any, image: Tensor) -> Tensor:
     return z
 
 
+@torch.no_grad()
 def decode_latents(vae: Any, z: Tensor) -> Tensor:
     """Turn a latent of the transformer into an image in [-1, 1]."""
     raw = z / vae.config.scaling_factor + _shift(vae)

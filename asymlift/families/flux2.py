@@ -65,6 +65,7 @@ def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     return vae.bn.running_mean.float(), variance.sqrt()
 
 
+@torch.no_grad()
 def encode_latents(vae: Any, image: Tensor) -> Tensor:
     """Turn an image in [-1, 1] into the latent that the transformer denoises."""
     z = vae.encode(image.to(vae.dtype)).latent_dist.mode()
@@ -73,6 +74,7 @@ def encode_latents(vae: Any, image: Tensor) -> Tensor:
     return tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
 
 
+@torch.no_grad()
 def decode_latents(vae: Any, z: Tensor) -> Tensor:
     """Turn a latent of the transformer into an image in [-1, 1]."""
     mean, std = _latent_statistics(vae)

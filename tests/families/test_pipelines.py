@@ -20,7 +20,7 @@ from asymlift.families.base import Family, Text
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.maths.schedule import sigma_from_tau
 from asymlift.runtime import third_party
-from tests.tiny import GRID, lifted_pair, tiny_pipeline
+from tests.tiny import GRID, lifted_pair, tiny_pipeline, tiny_text, tiny_transformer, tiny_vae
 
 CALL = {"prompt": "a bee", "height": 32, "width": 48, "max_sequence_length": 12}
 PATCH = 2
@@ -132,6 +132,35 @@ def test_the_real_pipeline_agrees(name):
     """Time, sign, latents, prompt embeddings, ids and packing: all as the pipeline has them."""
     for part, error in disagreements(name, FAMILIES[name]).items():
         assert error < 2e-5, part
+
+
+@torch.no_grad()
+def test_the_pipeline_of_flux2_dev_agrees():
+    """It has other text encoders, and tells its transformer the guidance."""
+    family, net = FAMILIES["flux2"], tiny_transformer("flux2", guidance_embeds=True)
+    pipeline = third_party.library("diffusers").Flux2Pipeline(
+        transformer=net,
+        vae=tiny_vae("flux2"),
+        scheduler=tiny_pipeline("flux2").scheduler,
+        text_encoder=None,
+        tokenizer=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+
+    def spy(z_t: Tensor, time: Tensor, text: Text, call: dict[str, Any]) -> Tensor:
+        del call["self"]
+        raw = tokens_to_image(type(net).forward(net, **call)[0], PATCH, GRID)
+        calls.append((z_t, time, text, raw))
+        return raw
+
+    intercept(net, WIRING["flux2"], spy)
+    words = tiny_text("flux2", 1)["encoder_hidden_states"]
+    pipeline(prompt_embeds=words, height=32, width=48, num_inference_steps=2, output_type="latent")
+    del net.forward
+    assert len(calls) == 2
+    for z_t, time, text, raw in calls:
+        assert torch.equal(family.run(net, z_t, time, text), raw)
 
 
 WRONG = {
