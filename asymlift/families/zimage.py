@@ -28,7 +28,8 @@ PATCH = 2  # part of the maps' paths, and the class's default
 
 def geometry(transformer: Config, vae: Config) -> Geometry:
     """Read the sizes off the two configs; one model may hold maps for several patches."""
-    patches = list(zip(transformer["all_patch_size"], transformer["all_f_patch_size"], strict=True))
+    patches, frames = (setting(transformer, f"all_{kind}patch_size") for kind in ("", "f_"))
+    patches = list(zip(patches, frames, strict=True))
     if patches != [(PATCH, 1)]:
         raise BadData(f"zimage: patches (space, frames) are {patches}, not {[(PATCH, 1)]}")
     sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), PATCH)

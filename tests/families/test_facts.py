@@ -62,6 +62,8 @@ def test_a_config_that_lacks_a_size_is_named():
         FAMILIES["sd3"].geometry(
             {"patch_size": 2}, {"_class_name": "AutoencoderKL", "block_out_channels": [1]}
         )
+    with pytest.raises(BadData, match="model config has no `all_patch_size`"):
+        FAMILIES["zimage"].geometry({}, {})
 
 
 def test_patches_that_a_family_cannot_cut_are_refused():
