@@ -1,7 +1,7 @@
-"""A model, a canvas and the numbers of some pictures -> these pictures.
+"""A model, a canvas and the indices of some pictures -> these pictures.
 
-Noise belongs to (seed, number): the same number drawn by the latent model and by the pixel model
-begins with the same noise. B pictures of H x W pixels, N = h w tokens.
+Noise belongs to (seed, index): an index drawn by the latent model and by the pixel model begins
+with the same noise. B pictures of H x W pixels, N = h w tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from asymlift.model.sampling import (
     sample_pixels,
 )
 
-# (numbers, text, text of the empty prompt, on_step) -> (B, 3, H, W) in [-1, 1]
+# (indices, text, text of the empty prompt, on_step) -> (B, 3, H, W) in [-1, 1]
 Painter = Callable[[Sequence[int], Text, Text | None, OnStep | None], Tensor]
 
 
@@ -44,9 +44,9 @@ class Canvas:
         p = geometry.pixel_patch
         return self.height // p, self.width // p
 
-    def noise(self, geometry: Geometry, numbers: Sequence[int]) -> Tensor:
+    def noise(self, geometry: Geometry, indices: Sequence[int]) -> Tensor:
         """(B, N, D), on the CPU."""
-        return pixel_noise(self.seed, numbers, self.height, self.width, geometry.pixel_patch)
+        return pixel_noise(self.seed, indices, self.height, self.width, geometry.pixel_patch)
 
 
 def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
@@ -54,11 +54,11 @@ def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
     geometry = flow.geometry
 
     def paint(
-        numbers: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
+        indices: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
     ) -> Tensor:
         return sample_pixels(
             flow,
-            canvas.noise(geometry, numbers).to(flow.A),
+            canvas.noise(geometry, indices).to(flow.A),
             text,
             null_text,
             canvas.sigmas,
@@ -82,18 +82,18 @@ def latent_painter(
     geometry, grid = flow.geometry, canvas.grid(flow.geometry)
     taus = tau_from_sigma(canvas.sigmas, lifted.s) if lifted else canvas.sigmas
 
-    def noise(numbers: Sequence[int]) -> Tensor:
+    def noise(indices: Sequence[int]) -> Tensor:
         if lifted:
-            return latent_noise(canvas.noise(geometry, numbers), lifted.A)
+            return latent_noise(canvas.noise(geometry, indices), lifted.A)
         shape = (geometry.channels, *(side * geometry.patch for side in grid))
-        maps = [noise_for(canvas.seed, number, shape) for number in numbers]
+        maps = [noise_for(canvas.seed, index, shape) for index in indices]
         return image_to_tokens(torch.stack(maps), geometry.patch)
 
     @torch.no_grad()
     def paint(
-        numbers: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
+        indices: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
     ) -> Tensor:
-        z = noise(numbers).to(device)
+        z = noise(indices).to(device)
         z = sample_latents(flow, z, text, null_text, taus, canvas.settings, grid, on_step)
         latent = tokens_to_image(z, geometry.patch, grid)
         image: Tensor = flow.family.decode_latents(vae, latent)

@@ -4,7 +4,7 @@
     grid.png             one row per weights, when there are several
     index.json           prompt, seed, settings, fingerprints, and the sha256 of each picture
 
-Noise depends on the seed and on a picture's number within its prompt, so neither the batch size
+Noise depends on the seed, the prompt and the picture's number within its prompt: neither the batch
 nor other prompts change a picture. Latents start from A^T of the same noise.
 """
 
@@ -12,7 +12,6 @@ import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -29,6 +28,7 @@ from asymlift.artifacts.lifted_folder import Lifted, read_lifted
 from asymlift.artifacts.manifest import NAME as MANIFEST
 from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.artifacts.safetensors_stream import load_tensors
+from asymlift.data.order import derive
 from asymlift.data.pictures import (
     decode_image,
     encode_png,
@@ -83,7 +83,7 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the plan; `number` counts within its prompt and chooses the noise."""
+    """One picture of the plan; `number` counts within its prompt."""
 
     file: str
     weights: Weights
@@ -113,20 +113,21 @@ def sample(plan: SamplePlan) -> SampleReport:
     sources = Sources(plan)
     facts = check(plan, sources)
     pictures = list(pictures_of(plan))
-    with dist.joined(ranks, device, BARRIER_SECONDS) if ranks.world > 1 else nullcontext():
-        missing = find_missing(plan, facts, pictures)
-        done = not missing and is_complete(plan)
-        dist.barrier()  # every rank has looked before any of them writes
-        if not done:
-            if ranks.first:
-                claim(plan, index_of(plan, facts, sources, pictures))
-            dist.barrier()
-            draw(plan, sources, missing[ranks.rank :: ranks.world], device)
-            dist.barrier()
-            if ranks.first:
-                write_grid(plan, sources, pictures)
-                finish(plan, index_of(plan, facts, sources, pictures))
-            dist.barrier()
+    if ranks.world > 1:
+        dist.join(ranks, device, BARRIER_SECONDS)
+    missing = find_missing(plan, facts, pictures)
+    done = not missing and is_complete(plan)
+    dist.barrier()  # every rank has looked before any of them writes
+    if not done:
+        if ranks.first:
+            claim(plan, index_of(plan, facts, sources, pictures))
+        dist.barrier()
+        draw(plan, sources, missing[ranks.rank :: ranks.world], device)
+        dist.barrier()
+        if ranks.first:
+            write_grid(plan, sources, pictures)
+            finish(plan, index_of(plan, facts, sources, pictures))
+        dist.barrier()
     return SampleReport(
         folder=plan.out,
         pictures=read_index(plan.out)["pictures"],
@@ -426,8 +427,8 @@ def draw(
                 if guided:
                     empty = [embeddings[plan.negative_prompt]] * len(batch)
                     null = collate(sources.family, empty, device)
-                numbers = [p.number for p in batch]
-                images = painter(numbers, text, null, lambda step, x: ticker.tick())
+                noises = [derive(p.prompt, p.number) for p in batch]
+                images = painter(noises, text, null, lambda step, x: ticker.tick())
                 for picture, image in zip(batch, images, strict=True):
                     save(plan, picture, image)
             del painter
