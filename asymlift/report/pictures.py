@@ -46,8 +46,9 @@ def grid_png(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> bytes:
 
 def strip(images: Tensor, scale: int) -> Image.Image:
     """The images side by side with white gutters; not finite is magenta, so that it is seen."""
-    pixels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
-    broken = ~pixels.isfinite().all(1)
+    levels = (images.detach().float().cpu() + 1) * 127.5
+    broken = ~levels.isfinite().all(1)
+    pixels = levels.round().clamp(0, 255)
     for channel, value in enumerate((255, 0, 255)):
         pixels[:, channel].masked_fill_(broken, value)
     grown = pixels.to(torch.uint8).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
