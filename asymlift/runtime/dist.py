@@ -4,6 +4,7 @@ Every stage runs alone or under a launcher that sets RANK, WORLD_SIZE and LOCAL_
 deepspeed), with the same command line.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,9 +55,13 @@ def device_for(ranks: Ranks) -> torch.device:
 
 
 def join(ranks: Ranks, device: torch.device, timeout: int) -> None:
-    """Join the process group; alone it needs no address and no port."""
+    """Join the process group, until the process ends; alone it needs no address and no port.
+
+    Leaving earlier would break DeepSpeed, which keeps the first group it sees.
+    """
     if td.is_initialized():
         return
+    atexit.register(leave)
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     if "MASTER_ADDR" in os.environ:

@@ -1,0 +1,138 @@
+"""Training state on disk: `checkpoints/step-000250/`, safetensors and JSON, one commit point.
+
+A checkpoint is written beside its place and renamed when every byte is on disk. The newest one
+whose files match its manifest is the truth; there is no `latest` file that could lie.
+"""
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asymlift.artifacts.files import (
+    free_bytes,
+    fsync_folder,
+    human_bytes,
+    write_bytes_atomically,
+    writing,
+)
+from asymlift.artifacts.manifest import (
+    canonical_json,
+    check_manifest,
+    read_manifest,
+    write_manifest,
+)
+from asymlift.errors import BadData, CannotWrite
+
+KIND = "checkpoint"
+TRAINABLE = "trainable.safetensors"
+EMA = "ema.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete one; `state` is its state.json."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:06d}"
+
+
+def steps_on_disk(checkpoints: Path) -> list[int]:
+    """The steps of all committed checkpoints, newest first; they are not verified here."""
+    if not checkpoints.is_dir():
+        return []
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.iterdir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+@contextmanager
+def committing(checkpoints: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
+    """Yield a folder to write into; it becomes the checkpoint of `step` when the block ends."""
+    target = step_folder(checkpoints, step)
+    staged = checkpoints / f".writing-{step}-{uuid.uuid4().hex[:8]}"
+    try:
+        with writing(target):
+            staged.mkdir(parents=True)
+        yield staged
+        body = canonical_json({"format": FORMAT, "step": step, **state})
+        write_bytes_atomically(staged / STATE, body)
+        write_manifest(staged, kind=KIND, facts={"step": step})
+        with writing(target):
+            fsync_folder(staged)
+            if target.exists():  # only a damaged one can be: the whole ones are resumed from
+                discard(target)
+            staged.rename(target)
+            fsync_folder(checkpoints)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def discard(folder: Path) -> None:
+    """Take a folder out of sight at once, then delete it."""
+    grave = folder.with_name(f".removing-{folder.name}-{uuid.uuid4().hex[:8]}")
+    folder.rename(grave)
+    shutil.rmtree(grave)
+
+
+def remove_leftovers(checkpoints: Path) -> list[str]:
+    """Delete what a killed run left half written or half deleted."""
+    if not checkpoints.is_dir():
+        return []
+    leftovers = [p for p in checkpoints.iterdir() if p.name.startswith((".writing-", ".removing-"))]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return [path.name for path in leftovers]
+
+
+def prune(checkpoints: Path, keep: int, milestone: int | None) -> None:
+    """Delete all but the newest `keep` and the milestones."""
+    for step in steps_on_disk(checkpoints)[keep:]:
+        if milestone is None or step % milestone:
+            discard(step_folder(checkpoints, step))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Verify every byte, then read the state."""
+    problems = check_manifest(folder)
+    if problems:
+        raise BadData(f"{folder}: " + "; ".join(problems[:3]))
+    if read_manifest(folder).kind != KIND:
+        raise BadData(f"{folder}: a {read_manifest(folder).kind}, not a checkpoint")
+    state = json.loads((folder / STATE).read_bytes())
+    if state["format"] != FORMAT:
+        raise BadData(f"{folder}: format {state['format']}; this asymlift reads {FORMAT}")
+    return Checkpoint(folder, state["step"], state)
+
+
+def newest_whole(checkpoints: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; every newer one that does not is named."""
+    for step in steps_on_disk(checkpoints):
+        try:
+            return open_checkpoint(step_folder(checkpoints, step))
+        except BadData as error:
+            warn(f"checkpoint left out, it is damaged: {error}")
+    return None
+
+
+def check_space(checkpoints: Path, needed: int) -> None:
+    """Refuse to begin a save that cannot end; a fifth more than needed has to be free."""
+    free = free_bytes(checkpoints)
+    if free < needed * 1.2:
+        raise CannotWrite(
+            f"{checkpoints}: a checkpoint needs {human_bytes(needed * 1.2)}, "
+            f"{human_bytes(free)} are free; free some space and run the same command again"
+        )

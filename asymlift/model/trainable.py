@@ -1,0 +1,143 @@
+"""What trains: adapters by exact module path, modules in full, or everything.
+
+Everything that trains is float32. Roles name groups of parameters for learning rates: `first`,
+`last`, `final_norm`, `lora`, `trunk`, or a module's own path.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from asymlift.errors import BadRecipe
+from asymlift.families.base import Family, matching_modules
+from asymlift.model.reference import Twin
+
+ADAPTER = "default"  # peft's name for the one adapter
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA: which modules, and how wide."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]  # patterns of module paths, `*` stands for anything
+
+
+@dataclass
+class Trainable:
+    """Names are those of the transformer's own state dict (plus `.lora_A`, `.lora_B`)."""
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    adapted: list[str] = field(default_factory=list)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters.values())
+
+
+def plain_name(name: str) -> str:
+    """The name without the wrappers of twins and adapters."""
+    for wrapper in (".trained", ".base_layer", f".{ADAPTER}"):
+        name = name.replace(f"{wrapper}.", ".")
+    return name
+
+
+def train_everything(net: nn.Module) -> Trainable:
+    net.float().requires_grad_(True)
+    names = dict(net.named_parameters())
+    return Trainable(names, dict.fromkeys(names, "trunk"))
+
+
+def train_parts(
+    net: nn.Module,
+    family: Family,
+    *,
+    adapters: Adapters | None,
+    modules: list[str],
+    keep_originals: bool,
+    seed: int,
+) -> Trainable:
+    """Freeze `net` but for adapters and the named modules."""
+    net.requires_grad_(False).eval()
+    whole = {path: role for role in modules for path in paths_of(role, family, net)}
+    adapted = add_adapters(net, adapters, whole, seed) if adapters else []
+    for path in whole:
+        module = net.get_submodule(path).float().requires_grad_(True)
+        if keep_originals:
+            replace_module(net, path, Twin(module))
+    trainable = Trainable(adapted=adapted)
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            plain = plain_name(name)
+            trainable.parameters[plain] = parameter
+            trainable.roles[plain] = role_of(plain, whole)
+    return trainable
+
+
+def role_of(name: str, whole: dict[str, str]) -> str:
+    owners = [path for path in whole if name.startswith(f"{path}.")]
+    return whole[max(owners, key=len)] if owners else "lora"
+
+
+def paths_of(role: str, family: Family, net: nn.Module) -> list[str]:
+    """Module paths that a word of `train.modules` stands for."""
+    known = {"first": family.first, "last": family.last, "final_norm": family.final_norm}
+    paths = known.get(role, role)
+    paths = [paths] if isinstance(paths, str) else list(paths)
+    existing = [name for name, _ in net.named_modules() if name]
+    for path in paths:
+        if path not in existing:
+            raise BadRecipe(
+                f"finetune.train.modules: `{path}` is no module of {type(net).__name__}"
+                + nearest(path, existing)
+            )
+    return paths
+
+
+def nearest(path: str, existing: list[str]) -> str:
+    close = difflib.get_close_matches(path, existing, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def add_adapters(net: nn.Module, adapters: Adapters, whole: dict[str, str], seed: int) -> list[str]:
+    """Put LoRA on the targets, in float32; A is Gaussian, B is zero, so nothing changes yet."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = matching_modules(net, adapters.targets)
+    for path in targets:
+        owner = next((w for w in whole if path == w or path.startswith(f"{w}.")), None)
+        if owner is not None:
+            raise BadRecipe(
+                f"finetune.train: `{path}` would train twice, as a LoRA target and inside "
+                f"`{owner}`; take it out of lora.targets or modules"
+            )
+    config = LoraConfig(
+        r=adapters.rank,
+        lora_alpha=adapters.alpha,
+        lora_dropout=adapters.dropout,
+        init_lora_weights="gaussian",
+        # A list would match suffixes too: `proj_out` alone hits every single block's.
+        target_modules="|".join(re.escape(path) for path in targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, net, adapter_name=ADAPTER)
+    for name, module in net.named_modules():
+        if name.endswith((".lora_A", ".lora_B", ".lora_dropout")):
+            module.float().train()
+    return targets
+
+
+def replace_module(net: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    owner = net.get_submodule(parent)
+    if isinstance(owner, nn.ModuleDict):
+        owner[leaf] = module
+    else:
+        setattr(owner, leaf, module)
