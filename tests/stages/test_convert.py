@@ -1,0 +1,386 @@
+"""Convert changes two maps, keeps every other byte, and refuses what does not belong together."""
+
+import dataclasses
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from asymlift.artifacts import files
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.artifacts.manifest import check_manifest
+from asymlift.artifacts.safetensors_stream import save_tensors
+from asymlift.errors import BadData, CannotWrite, Unavailable
+from asymlift.families import FAMILIES
+from asymlift.maths.basis import random_basis
+from asymlift.maths.color import ColorCode
+from asymlift.stages import self_check
+from asymlift.stages.convert import convert
+from asymlift.stages.self_check import COUPLING_TOLERANCE
+from tests import tiny
+from tests.reliability.fake_pipeline import (
+    INNER,
+    D,
+    d,
+    fake_plan,
+    snapshot,
+    transformer_tensors,
+    write_base,
+    write_basis,
+)
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return fake_plan(tmp_path)
+
+
+def tensors_of(folder):
+    found = {}
+    for path in DiffusersFolder(folder).weight_files("transformer"):
+        found |= safetensors.torch.load_file(path)
+    return found
+
+
+# -- what it does
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_two_maps_change_and_every_other_tensor_keeps_its_bits(shards, tmp_path):
+    plan = fake_plan(tmp_path, shards=shards)
+    report = convert(plan)
+    old, new = transformer_tensors(0), tensors_of(plan.output)
+
+    assert new.keys() == old.keys()
+    for name in old.keys() - {"x_embedder.weight", "proj_out.weight"}:
+        assert new[name].dtype == torch.bfloat16
+        assert torch.equal(new[name], old[name])
+    A = random_basis(D, d, torch.Generator().manual_seed(0)).float().double()
+    first, last = new["x_embedder.weight"], new["proj_out.weight"]
+    assert (first.dtype, last.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(first, (old["x_embedder.weight"].double() @ A.T).float())
+    assert torch.equal(last, (A @ old["proj_out.weight"].double()).float())
+    assert report.written == min(shards, 2)
+    assert max(dataclasses.astuple(report.maps)) < 1e-7
+
+
+def test_all_else_is_the_base_linked_and_not_copied(plan):
+    report = convert(plan)
+    changed = {
+        "manifest.json",
+        "transformer/asymlift.json",
+        "transformer/asymlift.safetensors",
+        "transformer/config.json",
+        f"transformer/{INDEX}",
+        "transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
+        "transformer/diffusion_pytorch_model-00003-of-00003.safetensors",
+    }
+    base, lifted = snapshot(plan.base), snapshot(plan.output)
+    assert lifted.keys() - changed == base.keys() - changed
+    for name in lifted.keys() - changed:
+        assert lifted[name] == base[name]
+        assert (plan.output / name).samefile(plan.base / name)
+    assert report.linked == len(lifted.keys() - changed)
+    assert report.license == "other, a-license"
+
+
+def test_where_links_are_impossible_files_are_copied(plan, monkeypatch):
+    convert(plan)
+    linked = snapshot(plan.output)
+
+    def no_links(self, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    other = dataclasses.replace(plan, output=plan.output.with_name("copied"))
+    report = convert(other)
+    assert report.linked == 0
+    assert snapshot(other.output) == linked
+
+
+def test_the_index_and_the_config_follow(plan):
+    convert(plan)
+    old, new = (
+        json.loads((folder / "transformer" / INDEX).read_text())
+        for folder in (plan.base, plan.output)
+    )
+    assert new["weight_map"] == old["weight_map"]
+    tensors = tensors_of(plan.output)
+    assert new["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    config = json.loads((plan.output / "transformer/config.json").read_text())
+    assert config == {
+        "_class_name": "Flux2Transformer2DModel",
+        "in_channels": 48,
+        "out_channels": None,
+    }
+
+
+def test_no_host_name_and_no_path_enters_the_folder(plan):
+    convert(plan)
+    everything = b"".join(snapshot(plan.output).values())
+    for secret in (str(plan.base.parent), os.uname().nodename, str(Path.home())):
+        assert secret.encode() not in everything
+
+
+def test_the_same_conversion_gives_the_same_bytes(plan):
+    convert(plan)
+    again = dataclasses.replace(plan, output=plan.output.with_name("again"))
+    convert(again)
+    assert snapshot(plan.output) == snapshot(again.output)
+
+
+def test_a_second_run_says_that_it_is_done(plan):
+    first = convert(plan)
+    before = snapshot(plan.output)
+    second = convert(plan)
+    assert second.already_done
+    assert not first.already_done
+    assert second.maps == first.maps
+    assert snapshot(plan.output) == before
+
+
+def test_a_base_in_the_hub_cache_is_a_tree_of_symlinks(plan):
+    for path in [p for p in plan.base.rglob("*") if p.is_file()]:
+        blob = plan.base.parent / "blobs" / path.relative_to(plan.base)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blob)
+        path.symlink_to(blob)
+    convert(plan)
+    assert not any(path.is_symlink() for path in plan.output.rglob("*"))
+    assert check_manifest(plan.output) == []
+
+
+def test_what_does_not_belong_to_the_model_stays_behind_and_is_noted(plan):
+    (plan.base / "transformer/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
+    (plan.base / "text_encoder/pytorch_model.bin").write_bytes(b"x")
+    (plan.base / "flux2.safetensors").write_bytes(b"x")
+    notes = " ".join(convert(plan).notes)
+    assert "left out (diffusion_pytorch_model.fp16.safetensors)" in notes
+    assert "pickles are left out (pytorch_model.bin)" in notes
+    names = snapshot(plan.output).keys()
+    assert not any("fp16" in name or "bin" in name or name == "flux2.safetensors" for name in names)
+
+
+def test_without_its_text_encoder_folder_a_base_still_converts(plan):
+    for path in (plan.base / "text_encoder").iterdir():
+        path.unlink()
+    (plan.base / "text_encoder").rmdir()
+    assert any("text_encoder: named in model_index.json" in note for note in convert(plan).notes)
+
+
+# -- over something that is there
+
+
+def test_another_conversion_is_replaced_only_on_request(plan, tmp_path):
+    convert(fake_plan(tmp_path, seed=1))
+    before = snapshot(plan.output)
+    with pytest.raises(CannotWrite, match=r"another conversion \(base.*basis.*Use --overwrite"):
+        convert(plan)
+    assert snapshot(plan.output) == before
+
+    convert(dataclasses.replace(plan, overwrite=True))
+    after = snapshot(plan.output)
+    assert after != before
+    convert(other := dataclasses.replace(plan, output=plan.output.with_name("other")))
+    assert after == snapshot(other.output)
+    assert sorted(p.name for p in plan.output.parent.iterdir()) == ["lifted", "other"]
+
+
+def test_a_damaged_target_is_made_again_only_on_request(plan):
+    convert(plan)
+    good = snapshot(plan.output)
+    (plan.output / "transformer/config.json").write_text("{}")
+    with pytest.raises(CannotWrite, match=r"damaged \(transformer/config\.json: 2 bytes"):
+        convert(plan)
+    convert(dataclasses.replace(plan, overwrite=True))
+    assert snapshot(plan.output) == good
+
+
+def test_a_folder_of_the_user_is_never_replaced(plan):
+    plan.output.mkdir(parents=True)
+    (plan.output / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(CannotWrite, match="was not made by `asymlift convert`"):
+            convert(dataclasses.replace(plan, overwrite=overwrite))
+    assert snapshot(plan.output) == {"thesis.tex": b"years of work"}
+
+
+def test_an_empty_folder_is_filled(plan):
+    plan.output.mkdir(parents=True)
+    convert(plan)
+    assert check_manifest(plan.output) == []
+
+
+def test_an_unfinished_conversion_of_something_else_is_discarded_loudly(plan):
+    new = plan.output.with_name(".lifted.work") / "new"
+    new.mkdir(parents=True)
+    (new / "stale").touch()
+    (new.parent / "identity").write_text("something else")
+    report = convert(plan)
+    assert any("unfinished conversion of something else" in note for note in report.notes)
+    assert "stale" not in snapshot(plan.output)
+
+
+def test_a_second_convert_at_the_same_time_is_refused(plan):
+    lock = plan.output.with_name(".lifted.lock")
+    lock.parent.mkdir()
+    refused = pytest.raises(CannotWrite, match=f"pid {os.getpid()}")
+    with files.exclusive_lock(lock, "lifted"), refused:
+        convert(plan)
+
+
+def test_too_little_space_is_said_before_the_first_byte(plan, monkeypatch):
+    monkeypatch.setattr("asymlift.stages.convert.free_bytes", lambda path: 1000)
+    with pytest.raises(CannotWrite, match=r"lifted: needs 1\.0 MiB, but only 1000 bytes are free"):
+        convert(plan)
+    assert not plan.output.exists()
+
+
+# -- what does not belong together
+
+
+def test_a_basis_for_another_model_is_refused_with_both_values(plan):
+    other = write_base(plan.base.parent / "other", seed=5)
+    theirs, ours = (DiffusersFolder(base).fingerprint("vae") for base in (other, plan.base))
+    write_basis(plan.basis, other)
+    with pytest.raises(BadData, match=rf"another VAE\s.*{theirs}.*\s.*\s.*{ours}"):
+        convert(plan)
+    write_basis(plan.basis, plan.base, family="sd3")
+    with pytest.raises(BadData, match=r"fitted for family sd3, but .* is flux2"):
+        convert(plan)
+    A = random_basis(D, 4, torch.Generator()).float().contiguous()
+    write_basis(plan.basis, plan.base, A=A)
+    with pytest.raises(BadData, match=r"has rank 4, but a latent token of .* has 8 numbers"):
+        convert(plan)
+    A = random_basis(192, 8, torch.Generator()).float().contiguous()
+    write_basis(plan.basis, plan.base, A=A, patch=8)
+    with pytest.raises(BadData, match="for patches of 8 pixels; 4 is asked for"):
+        convert(plan)
+    write_basis(plan.basis, plan.base, order="p q c")
+    with pytest.raises(BadData, match="in order 'p q c'"):
+        convert(plan)
+    assert not plan.output.exists()
+
+
+def test_a_published_basis_needs_its_colour_from_the_recipe(plan):
+    A = random_basis(D, d, torch.Generator()).float().contiguous()
+    save_tensors(plan.basis, {"proj_mat_p4": A, "scale_p4": torch.tensor(0.5)})
+    with pytest.raises(BadData, match="does not say in which colour space"):
+        convert(plan)
+    color = ColorCode("oklab", (0.56, 0.0, 0.01), 0.16)
+    report = convert(dataclasses.replace(plan, color=color))
+    assert any("does not say the model family" in note for note in report.notes)
+
+
+def test_basis_and_recipe_cannot_disagree_about_colour(plan):
+    rgb = ColorCode("rgb", (0.5, 0.5, 0.5), 0.5)
+    with pytest.raises(BadData, match=r"was fitted in ColorCode\(space='oklab'.*recipe says"):
+        convert(dataclasses.replace(plan, color=rgb))
+
+
+def test_the_family_must_be_that_of_the_checkpoint(plan):
+    with pytest.raises(BadData, match="is a Flux2Transformer2DModel, but family sd3"):
+        convert(dataclasses.replace(plan, family=FAMILIES["sd3"]))
+
+
+def test_a_lifted_model_is_no_base(plan):
+    convert(plan)
+    again = dataclasses.replace(plan, base=plan.output, output=plan.output.with_name("twice"))
+    with pytest.raises(BadData, match="is lifted already"):
+        convert(again)
+
+
+def test_pickled_parts_are_refused_and_left_unread(plan):
+    weights = plan.base / "text_encoder/model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(BadData, match=r"pytorch_model\.bin: a pickle"):
+        convert(plan)
+
+
+def test_a_base_whose_map_is_nan_leaves_no_output(tmp_path):
+    plan = fake_plan(tmp_path, shards=1)
+    tensors = transformer_tensors(0)
+    tensors["proj_out.weight"][3, 5] = float("nan")
+    save_tensors(plan.base / "transformer/diffusion_pytorch_model.safetensors", tensors)
+    with pytest.raises(BadData, match=r"proj_out\.weight holds NaN"):
+        convert(plan)
+    assert not plan.output.exists()
+
+
+def test_maps_that_read_back_wrong_leave_no_output(plan, monkeypatch):
+    """As a faulty disk would: the values that come back are not those that were written."""
+    real = self_check.read_tensor
+
+    def faulty(path, name, header):
+        value = real(path, name, header)
+        return value * 1.001 if value.shape == (D, INNER) else value
+
+    monkeypatch.setattr(self_check, "read_tensor", faulty)
+    with pytest.raises(BadData, match=r"relative error 1\.0e-03, allowed is 2e-06"):
+        convert(plan)
+    assert list(plan.output.parent.iterdir()) == []
+
+
+# -- the whole model, with the real classes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pixels_follow_latents_through_the_real_classes(name, tmp_path):
+    """Euler in pixels is Euler in latents seen through A, with the folder's own text encoders."""
+    base = tiny.write_pipeline(tmp_path / "base", name)
+    plan = real_plan(tmp_path, name, base)
+    report = convert(plan)
+    assert report.coupling.error <= COUPLING_TOLERANCE / 10
+    assert report.coupling.psnr > 100
+    facts = json.loads((plan.output / "transformer/asymlift.json").read_text())
+    assert facts["verification"]["coupling"] == dataclasses.asdict(report.coupling)
+
+
+def real_plan(folder, name, base, **changes):
+    geometry = tiny.tiny_geometry(name)
+    A = tiny.random_basis(geometry).float().contiguous()
+    vae = DiffusersFolder(base).fingerprint("vae")
+    basis = write_basis(
+        folder / "basis.safetensors",
+        base,
+        A=A,
+        patch=geometry.pixel_patch,
+        family=name,
+        vae_fingerprint=vae,
+    )
+    plan = fake_plan(folder / "unused", verify="full", family=FAMILIES[name])
+    return dataclasses.replace(plan, base=base, basis=basis, output=folder / "lifted", **changes)
+
+
+def test_a_family_that_describes_another_model_is_found_out_and_leaves_nothing(tmp_path):
+    """Two maps that are right in themselves, but a sign that is wrong between them."""
+    base = tiny.write_pipeline(tmp_path / "base", "flux2")
+    plan = real_plan(tmp_path, "flux2", base)
+    wrong = dataclasses.replace(plan.family, order_out="p q c")
+    with pytest.raises(BadData, match="does not follow sampling in latents"):
+        convert(dataclasses.replace(plan, family=wrong))
+    assert not plan.output.exists()
+    assert not plan.output.with_name(".lifted.work").exists()
+
+
+def test_the_full_check_needs_encoders_or_conditioning(tmp_path):
+    base = tiny.write_pipeline(tmp_path / "base", "flux2")
+    for path in (base / "text_encoder").iterdir():
+        path.unlink()
+    (base / "text_encoder").rmdir()
+    plan = real_plan(tmp_path, "flux2", base)
+    with pytest.raises(Unavailable, match=r"text_encoder/ is not in the base.*Use --verify maps"):
+        convert(plan)
+    auto = convert(dataclasses.replace(plan, verify="auto"))
+    assert auto.coupling is None
+    assert any("verified only the two maps: text_encoder/" in note for note in auto.notes)
+    given = dataclasses.replace(plan, conditioning=lambda: tiny.tiny_text("flux2", 2))
+    late = convert(given)  # already there: checked now, not converted again
+    assert late.already_done
+    assert late.coupling.error <= COUPLING_TOLERANCE
