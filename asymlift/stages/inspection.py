@@ -13,12 +13,13 @@ from asymlift.artifacts.basis_file import has_checksum, load_basis
 from asymlift.artifacts.diffusers_folder import DiffusersFolder, read_json
 from asymlift.artifacts.files import human_bytes
 from asymlift.artifacts.lifted_folder import read_lifted
-from asymlift.artifacts.safetensors_stream import Header, read_header
+from asymlift.artifacts.safetensors_stream import Header, TensorInfo, read_header
 from asymlift.data.shards import FACTS, LATENT, TEXT, BadSample, ShardReader, index_shard
 from asymlift.errors import BadData, UserError
 from asymlift.families import find_family
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.schedule import pixel_shift
+from asymlift.model.trained_weights import DOWN, UP
 from asymlift.recipe import load_recipe
 from asymlift.runtime.log import read_metrics
 from asymlift.stages.fit_basis import verdict_on
@@ -324,16 +325,14 @@ def _checkpoint(path: Path) -> Inspection:
     }
     trained = files.get(checkpoint.TRAINABLE, Header({}, {}))
     lora = state.get("lora")
-    roles = Counter[str]()
-    for name, info in trained.tensors.items():
-        role = state.get("parameters", {}).get(name, {}).get("role", "unknown")
-        roles[role] += math.prod(info.shape)
+    adapters = {name: t for name, t in trained.tensors.items() if name.endswith((DOWN, UP))}
+    whole = {name: t for name, t in trained.tensors.items() if name not in adapters}
+    modules = sorted({name.rpartition(".")[0] for name in whole})
     size = sum(size for size, _ in described.files.values())
     rows = [
         ("step", f"{state.get('step')}, {state.get('samples', 'unknown')} samples seen"),
-        ("trained", f"{_count(_numbers([trained]))} numbers in {len(trained.tensors)} tensors"),
-        *((f"  {role}", _count(count)) for role, count in roles.most_common()),
-        ("LoRA", f"rank {lora['rank']}, alpha {lora['alpha']:g}" if lora else "none"),
+        ("trained whole", f"{_count(_numbers([Header(whole, {})]))} numbers: {_listed(modules)}"),
+        ("trained by LoRA", _adapters(adapters, lora)),
         ("average", "kept" if checkpoint.EMA in files else "none"),
         ("size", f"{human_bytes(size)} in {len(described.files)} files"),
     ]
@@ -341,7 +340,8 @@ def _checkpoint(path: Path) -> Inspection:
     facts = {
         "step": state.get("step"),
         "num_trained": _numbers([trained]),
-        "roles": dict(roles),
+        "num_adapted": _numbers([Header(adapters, {})]),
+        "modules": modules,
         "has_ema": checkpoint.EMA in files,
         "bytes": size,
         "state": {key: value for key, value in state.items() if key != "parameters"},
@@ -349,6 +349,15 @@ def _checkpoint(path: Path) -> Inspection:
     present = set(manifest.list_files(path))
     problems = [f"{name}: missing" for name in sorted(set(described.files) - present)]
     return Inspection("checkpoint", f"step {state.get('step')}", rows, facts, problems)
+
+
+def _adapters(tensors: Mapping[str, TensorInfo], lora: Mapping[str, Any] | None) -> str:
+    if not lora:
+        return "nothing"
+    return (
+        f"{_count(_numbers([Header(dict(tensors), {})]))} numbers: {len(tensors) // 2} x "
+        f"rank {lora['rank']}, alpha {lora['alpha']:g}"
+    )
 
 
 def _samples(path: Path) -> Inspection:

@@ -63,10 +63,14 @@ def run(tmp_path_factory):
     state = {
         "lora": {"rank": 2, "alpha": 4.0},
         "samples": 8000,
-        "parameters": {"proj_out.weight": {"role": "last"}, "a.lora_A.weight": {"role": "lora"}},
+        "parameters": [["proj_out.weight", [4, 4], "last"], ["a.lora_A.weight", [2, 4], "lora"]],
         "fingerprints": {"lifted": "sha256:0123456789abcdef"},
     }
-    trained = {"proj_out.weight": torch.ones(192, 32), "a.lora_A.weight": torch.ones(2, 32)}
+    trained = {
+        "proj_out.weight": torch.ones(192, 32),
+        "a.lora_A.weight": torch.ones(2, 32),
+        "a.lora_B.weight": torch.ones(32, 2),
+    }
     with committing(folder / "checkpoints", 250, state) as staged:
         save_file(trained, staged / "trainable.safetensors")
         save_file(trained, staged / "ema.safetensors")
@@ -186,12 +190,11 @@ def test_a_checkpoint(run):
     rows = rows_of(path)
     assert (found.kind, found.title) == ("checkpoint", "step 250")
     assert rows["step"] == "250, 8000 samples seen"
-    assert rows["trained"] == "6.21 k numbers in 2 tensors"
-    assert rows["  last"] == "6.14 k"
-    assert rows["LoRA"] == "rank 2, alpha 4"
+    assert rows["trained whole"] == "6.14 k numbers: proj_out"
+    assert rows["trained by LoRA"] == "128 numbers: 1 x rank 2, alpha 4"
     assert rows["average"] == "kept"
     assert rows["trained from lifted"] == "sha256:0123456789ab..."
-    assert found.facts["num_trained"] == 192 * 32 + 2 * 32
+    assert found.facts["num_trained"] == 192 * 32 + 2 * 2 * 32
 
 
 def test_a_checkpoint_with_a_file_missing(run, tmp_path):
