@@ -64,7 +64,12 @@ def inspect_path(path: Path) -> Inspection:
         ("index.json", _samples),
     ):
         if (path / mark).is_file():
-            return reader(path)
+            try:
+                return reader(path)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                # JSON whose parts are not what they are in our own files.
+                reason = f"{type(error).__name__}: {error}"
+                raise BadData(f"{path}: not as {mark} should be ({reason})") from error
     if any((path / part).exists() for part in RUN_PARTS):
         return _run(path)
     if (path / "config.json").is_file() and (path.parent / "model_index.json").is_file():

@@ -330,9 +330,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         index: dict[str, Any] = json.loads(path.read_bytes())
-        if {"facts", "pictures", "complete"} <= index.keys():
+        entries = [{"file", "sha256"} <= entry.keys() for entry in index["pictures"]]
+        if all(entries) and isinstance(index["facts"], dict) and "complete" in index:
             return index
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         pass
     raise BadData(f"{path}: damaged. Draw the pictures again: --overwrite")
 

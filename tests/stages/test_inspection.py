@@ -285,6 +285,23 @@ def test_what_is_unknown_is_told_what_is_known(tmp_path, run):
         inspect_path(run.parent / "base" / "transformer")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("index.json", {"pictures": [1]}),
+        ("index.json", {"pictures": [{"file": "a"}]}),
+        ("model_index.json", [1]),
+        ("transformer/asymlift.json", {"geometry": 1}),
+        ("state.json", {}),
+    ],
+)
+def test_json_of_another_shape_is_bad_data(tmp_path, file, content):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(BadData):
+        inspect_path(tmp_path)
+
+
 def test_huge_weights_are_not_read(tmp_path):
     """A sparse file of 40 GB takes as long as one of 4 bytes."""
     path = tmp_path / "big.safetensors"

@@ -259,9 +259,10 @@ def test_pictures_of_another_plan_are_not_mixed_or_replaced_unasked(plan):
 
 def test_a_damaged_index_is_named(plan):
     sample(plan)
-    (plan.out / INDEX).write_text("{")
-    with pytest.raises(BadData, match=r"index.json: damaged"):
-        sample(plan)
+    for content in ("{", "[]", '{"facts": {}, "pictures": [1], "complete": true}'):
+        (plan.out / INDEX).write_text(content)
+        with pytest.raises(BadData, match=r"index.json: damaged"):
+            sample(plan)
     assert sample(change(plan, overwrite=True)).num_drawn == 2
 
 
