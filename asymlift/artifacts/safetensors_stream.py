@@ -140,7 +140,9 @@ def read_tensor(path: Path, name: str, header: Header | None = None) -> Tensor:
     info = (header or read_header(path)).tensors.get(name)
     if info is None:
         raise BadData(f"{path}: there is no tensor called {name}.")
-    data = bytearray().join(read_bytes(path, info))
+    data = bytearray()
+    for piece in read_bytes(path, info):
+        data += piece
     dtype = DTYPES[info.dtype][1]
     if not data:
         return torch.empty(info.shape, dtype=dtype)

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from asymlift.artifacts import safetensors_stream
 from asymlift.artifacts.safetensors_stream import (
     DTYPES,
     SafetensorsWriter,
@@ -59,6 +60,14 @@ def test_what_the_package_wrote_is_read_back_bit_for_bit(seed, tmp_path):
     for name, tensor in tensors.items():
         assert TensorInfo.of(read[name]) == TensorInfo.of(tensor)
         assert bytes(tensor_bytes(read[name])) == bytes(tensor_bytes(tensor))
+
+
+def test_a_tensor_is_read_whole_however_small_the_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_stream, "CHUNK", 7)
+    tensors = {"a": torch.randn(5, 9), "b": torch.arange(100)}
+    safetensors.torch.save_file(tensors, tmp_path / "file")
+    read = load_tensors(tmp_path / "file")
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 def test_the_order_of_writing_and_of_metadata_changes_nothing(tmp_path):
