@@ -1,4 +1,4 @@
-"""The rank-asymmetric velocity, calibrated and turned back into the full one.
+"""The rank-asymmetric velocity (Chen et al., arXiv 2605.12964), and the full one from it.
 
 B batch, N tokens, D pixel token width, d rank. sigma is (B, 1, 1), or anything that broadcasts.
 """

@@ -59,7 +59,10 @@ def least_squares_scale(A: Tensor, moments: Moments) -> float:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How well s z stands for A^T x; `captured` alone misleads (method, section 3)."""
+    """How well s z stands for A^T x.
+
+    `captured` alone misleads: plain PCA captures the most energy and aligns worst.
+    """
 
     r2: float  # 1 - ||A^T x - s z||^2 / ||A^T x||^2, uncentred, over all tokens
     captured: float  # ||A^T x||^2 / ||x||^2
@@ -96,4 +99,4 @@ def _captured_energy(A: Tensor, moments: Moments) -> Tensor:
 
 def _agreement(A: Tensor, moments: Moments) -> Tensor:
     """sum <A^T x, z>"""
-    return (A.to(moments.cross) * moments.cross.T).sum()
+    return (A * moments.cross.T).sum()

@@ -1,4 +1,4 @@
-"""The finetuning loss (method, section 5): a control variate, its weights, and two terms.
+"""The finetuning loss (Chen et al., arXiv 2605.12964): a control variate, weights, two terms.
 
 B batch, N tokens, D = 3 p^2 in canonical order, so a token is three colours of p^2 pixels.
 sigma, w and the losses are (B,). Nothing here is averaged over the batch.

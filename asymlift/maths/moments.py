@@ -33,7 +33,7 @@ class Moments:
     def add(self, x: Tensor, z: Tensor, num_images: int) -> Self:
         """Add the pairs of a chunk, in place: x (..., D) and z (..., d)."""
         assert x.shape[:-1] == z.shape[:-1], f"unpaired tokens: {x.shape} and {z.shape}"
-        # float32 products are exact in float64; in float32 their sums lose six digits.
+        # Products of float32 are exact in float64, so chunks of any size give the same sums.
         x, z = x.flatten(0, -2).double(), z.flatten(0, -2).double()
         self.num_images += num_images
         self.num_tokens += len(x)
@@ -66,9 +66,9 @@ def color_statistics(moments: Moments, patch: int) -> tuple[tuple[float, float, 
     """Mean of each colour channel, and one std: the root mean square about those means."""
     num_pixels = moments.num_tokens * patch**2  # of each channel
     mean = moments.sum_x.view(3, -1).sum(1) / num_pixels
-    power = moments.gram.diagonal().view(3, -1).sum(1) / num_pixels
+    variance = moments.gram.trace() / (3 * num_pixels) - mean.square().mean()
     red, green, blue = mean.tolist()
-    return (red, green, blue), float((power - mean.square()).mean().sqrt())
+    return (red, green, blue), float(variance.sqrt())
 
 
 def normalised(

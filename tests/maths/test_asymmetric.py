@@ -67,11 +67,13 @@ def test_the_network_sees_a_latent_at_the_noise_level_it_is_told(s, sigma):
     assert_close(k * x_t @ A, (1 - tau) * z0 + tau * eps @ A)
 
 
-@pytest.mark.parametrize("s", [0.1, 0.7, 3.107])
-def test_pure_noise_and_clean_images_are_calibrated_to_the_last_bit(s):
-    k, tau = calibrate(torch.tensor([1.0, 0.0]), s)
-    assert k.tolist() == [1.0, 1 / s]  # reference images of edit models enter as x / s
+@pytest.mark.parametrize("s", [0.1, 1.004, 3.107])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pure_noise_and_clean_images_keep_their_noise_level_to_the_last_bit(s, dtype):
+    k, tau = calibrate(torch.tensor([1.0, 0.0], dtype=dtype), s)
     assert tau.tolist() == [1.0, 0.0]
+    assert k[0] == 1
+    assert float(k[1]) == pytest.approx(1 / s)  # reference images of edit models enter as x / s
 
 
 @pytest.mark.parametrize("s", [0.4, 2.5])

@@ -68,8 +68,33 @@ def test_colors_outside_srgb_are_clamped_in_linear_light():
 
 
 def test_light_below_zero_counts_as_black():
-    assert torch.equal(rgb_to_oklab(pixel(-0.5, -0.5, -0.5)), pixel(0, 0, 0))
+    rgb = pixel(-0.5, -0.5, -0.5).requires_grad_()
+    lab = rgb_to_oklab(rgb)
+    lab.sum().backward()
+    assert torch.equal(lab, pixel(0, 0, 0))
+    assert torch.equal(rgb.grad, pixel(0, 0, 0))
     assert rgb_to_oklab(pixel(1, -0.5, -0.5)).isfinite().all()
+
+
+def test_decoding_agrees_with_the_published_decoder():
+    """Ottosson prints the inverse matrices; ours are inverted, and agree to his digits."""
+    lab = torch.tensor([0.62, 0.03, -0.05]) + 0.02 * torch.randn(50, 3)
+    L, a, b = lab.unbind(1)
+    long = (L + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (L - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (L - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    linear = torch.stack(
+        [
+            4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
+            -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
+            -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
+        ]
+    )
+    assert linear.min() > 0.0031308
+    assert linear.max() < 1
+    expected = 1.055 * linear ** (1 / 2.4) - 0.055
+
+    assert_close(oklab_to_rgb(lab.T.unsqueeze(1))[:, 0], expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

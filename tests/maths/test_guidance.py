@@ -34,10 +34,14 @@ def test_the_orthogonal_correction_never_moves_a_sample_along_its_image(scale):
     assert_close(inner(u - u_pos, x0_pos), torch.zeros(3), rtol=0, atol=1e-12)
 
 
-def test_a_share_of_the_component_along_the_image_is_removed():
+@pytest.mark.parametrize("orthogonal", [0.25, 1.0])
+def test_a_share_of_the_component_along_the_image_is_removed_and_nothing_else(orthogonal):
     u_pos, u_neg, x0_pos = torch.randn(3, *SHAPE)
-    u = guide(u_pos, u_neg, x0_pos, scale=4.0, orthogonal=0.25)
-    assert_close(inner(u - u_pos, x0_pos), 0.75 * 3 * inner(u_pos - u_neg, x0_pos))
+    u = guide(u_pos, u_neg, x0_pos, scale=4.0, orthogonal=orthogonal)
+    for sample in range(len(u)):
+        b, x0 = 3 * (u_pos - u_neg)[sample], x0_pos[sample]
+        b = b - orthogonal * (b * x0).sum() / (x0 * x0).sum() * x0
+        assert_close(u[sample], u_pos[sample] + b)
 
 
 def test_what_is_orthogonal_already_is_kept():

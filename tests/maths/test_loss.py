@@ -1,4 +1,4 @@
-"""The vectorised loss against section 5 of the method, written out as loops over plain numbers."""
+"""The vectorised loss against the published formulas, written out as loops over plain numbers."""
 
 import math
 

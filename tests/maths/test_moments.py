@@ -145,6 +145,6 @@ def test_moments_go_through_tensors_unchanged(tokens):
     assert {str(t.dtype) for t in tensors.values()} == {"torch.int64", "torch.float64"}
     back = Moments.from_tensors(tensors)
     assert (back.num_images, back.num_tokens) == (10, 40)
-    assert type(back.num_tokens) is int
+    assert type(back.num_images) is type(back.num_tokens) is int
     for name, value in tensors.items():
         assert torch.equal(back.tensors()[name], value)

@@ -36,3 +36,9 @@ def test_karras_decay_copies_at_first_and_then_forgets_more_and_more_slowly():
     assert karras_decay(-3, 7) == karras_decay(0, 7) == 0
     assert karras_decay(1, 7) == pytest.approx(0.5**8)
     assert karras_decay(999, 7) == pytest.approx(0.999**8)
+
+
+def test_decay_that_begins_during_warm_up_multiplies_it():
+    use = {"kind": "linear", "warmup": 100, "decay_from": 0.0, "floor": 0.0}
+
+    assert learning_rate_factor(49, 100, **use) == pytest.approx(0.5 * 0.51)
