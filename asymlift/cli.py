@@ -1,5 +1,6 @@
 """The commands: parse, load the recipe, call a stage, print. torch loads only when a stage runs."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -102,7 +103,8 @@ def fit_basis(
     from asymlift.stages import plans
 
     if dry_run:
-        return show_plan(plan, as_json=as_json, checks=plans.check_fit_basis(plan))
+        show_plan(plan, as_json=as_json, checks=plans.check_fit_basis(plan))
+        return
     report = plans.run_fit_basis(plan, accept_poor_fit=accept_poor_fit, overwrite=overwrite)
     plans.finish(report, f"asymlift convert {recipe}", as_json=as_json)
 
@@ -126,7 +128,8 @@ def convert(
     from asymlift.stages import plans
 
     if dry_run:
-        return show_plan(plan, as_json=as_json, checks=plans.check_convert(plan))
+        show_plan(plan, as_json=as_json, checks=plans.check_convert(plan))
+        return
     report = plans.run_convert(plan, verify=verify, overwrite=overwrite)
     plans.finish(report, f"asymlift finetune {recipe}", as_json=as_json)
 
@@ -145,7 +148,8 @@ def finetune(
     from asymlift.stages import plans
 
     if dry_run:
-        return show_plan(plan, as_json=as_json, checks=plans.check_finetune(plan))
+        show_plan(plan, as_json=as_json, checks=plans.check_finetune(plan))
+        return
     report = plans.run_finetune(plan)
     plans.finish(report, f'asymlift sample {recipe} --prompt "..."', as_json=as_json)
 
@@ -188,5 +192,81 @@ def sample(
         overwrite=overwrite,
     )
     if dry_run:
-        return show_plan(plan, as_json=as_json, checks=plans.check_sample(plan, request))
+        show_plan(plan, as_json=as_json, checks=plans.check_sample(plan, request))
+        return
     plans.finish(plans.run_sample(plan, request), None, as_json=as_json)
+
+
+@command("demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Port the embedded tiny model to pixels and show that it beats its base."""
+    from asymlift.stages import demo as stage
+
+    report = stage.demo(out)
+    stage.show(report, as_json=as_json)
+    if stage.broken(report):
+        raise typer.Exit(int(Exit.UNEXPECTED))
+
+
+@command("inspect")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Recipe, basis, model, checkpoint, run or shard.")],
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a file or folder is, from what it was made, and its key numbers."""
+    from asymlift.stages.inspection import inspect_path
+
+    found = inspect_path(path)
+    if as_json:
+        log.print_json(dataclasses.asdict(found))
+        return
+    width = max((len(label) for label, _ in found.rows), default=0)
+    typer.echo(f"{found.kind}: {found.title}")
+    for label, value in found.rows:
+        typer.echo(f"  {label:<{width}}  {value}")
+    for problem in found.problems:
+        typer.echo(f"  problem: {problem}")
+
+
+@command("verify")
+def verify(
+    path: Annotated[Path, typer.Argument(help="A basis, a lifted model or a checkpoint.")],
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Check every byte of an artifact against its manifest, and every tensor in it."""
+    from asymlift.stages.verify import verify as run
+
+    verdict = run(path)
+    if as_json:
+        log.print_json(dataclasses.asdict(verdict))
+    else:
+        typer.echo(f"{path}: {verdict.kind}, {'not whole' if verdict.problems else 'whole'}")
+        for line in [*verdict.facts, *(f"problem: {text}" for text in verdict.problems)]:
+            typer.echo(f"  {line}")
+    if verdict.problems:
+        raise typer.Exit(int(Exit.BAD_DATA))
+
+
+@command("doctor")
+def doctor(as_json: AsJson = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+    """Check that this machine is fit: packages, accelerator, memory, disk."""
+    from asymlift.stages import doctor as stage
+
+    checks = stage.examine()
+    if as_json:
+        log.print_json(stage.as_json(checks))
+    else:
+        from rich.console import Console
+
+        Console().print(stage.render(checks))
+    if not stage.is_fit(checks):
+        raise typer.Exit(int(Exit.UNAVAILABLE))

@@ -173,12 +173,31 @@ class Engine:
         """AdamW's two averages of every trained tensor, as `exp_avg/NAME`, whole."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self.link_moments()
         for name, parameter in self.trainable.parameters.items():
             for key in MOMENTS:
-                if self.stage == 0:
+                if self.num_updates == 0:  # every update so far was left out
+                    yield f"{key}/{name}", torch.zeros(self.shape_of(name))
+                elif self.stage == 0:
                     yield f"{key}/{name}", self.adamw.state[parameter][key]
                 else:
                     yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
+
+    def link_moments(self) -> None:
+        """Let DeepSpeed find AdamW's state by parameter.
+
+        ZeRO 1 and 2 do it after the step of the first parameter group, when the other groups have
+        no state yet, and never again (0.19.8): their state could be neither read nor written.
+        """
+        if self.stage not in (1, 2) or self.num_updates == 0:
+            return
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        groups = zip(
+            self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups, strict=True
+        )
+        for parameters, flat in groups:
+            lazy_init_hp_params_optimizer_state(parameters, flat, self.adamw.state)
 
     @contextmanager
     def showing(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
@@ -220,6 +239,7 @@ class Engine:
         """Overwrite AdamW's state. It has to exist: take one step first."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        self.link_moments()
         for name, parameter in self.trainable.parameters.items():
             for key in MOMENTS:
                 value = values[f"{key}/{name}"].to(parameter.device, torch.float32)

@@ -32,7 +32,7 @@ from asymlift.artifacts.checkpoint import (
     remove_leftovers,
     step_folder,
 )
-from asymlift.artifacts.files import exclusive_lock
+from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically
 from asymlift.artifacts.lifted_folder import Lifted, read_lifted
 from asymlift.artifacts.manifest import digest_json
 from asymlift.artifacts.safetensors_stream import SafetensorsWriter, TensorInfo, load_tensors
@@ -52,10 +52,11 @@ from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.trainable import Adapters, Trainable, train_everything, train_parts
 from asymlift.model.training_step import LossConstants, TrainingStep
 from asymlift.recipe import FinetuneSection, Recipe, TimeSection
+from asymlift.report.training_report import training_page
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import MOMENTS, Engine, EngineSettings
-from asymlift.runtime.log import Metrics, detail, progress, say, warn
+from asymlift.runtime.log import Metrics, detail, progress, read_metrics, say, warn
 from asymlift.runtime.signals import StopRequest, stop_requests
 from asymlift.stages.preview import Previews
 
@@ -203,6 +204,7 @@ class Run:
                     )
         if metrics is not None:
             metrics.close()
+            self.write_page()
         return FinetuneReport(
             folder=self.folder,
             step=steps,
@@ -213,6 +215,11 @@ class Run:
             last=last,
             bad_samples=dict(self.faults),
         )
+
+    def write_page(self) -> None:
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        text = training_page(f"finetune {self.recipe.name}", lines, self.folder / "samples")
+        write_bytes_atomically(self.folder / "finetune-report.html", text.encode())
 
     def one_step(
         self, step: int, feed: Feed, request: StopRequest
@@ -368,7 +375,8 @@ class Run:
             "lora": {"rank": adapters.rank, "alpha": adapters.alpha} if adapters else None,
             # A list: the order counts, and JSON objects are sorted when they are written.
             "parameters": [
-                [name, list(self.engine.shape_of(name))] for name in self.trainable.parameters
+                [name, list(self.engine.shape_of(name)), self.trainable.roles[name]]
+                for name in self.trainable.parameters
             ],
             "fingerprints": {
                 "lifted": digest_json(self.lifted.facts),

@@ -1,0 +1,350 @@
+"""From a recipe to each stage's plan, and from its report to what is printed."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from asymlift.artifacts.checkpoint import newest_whole, step_folder
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.data.shards import expand
+from asymlift.errors import BadRecipe, Unavailable
+from asymlift.families import find_family
+from asymlift.families.base import Family, Geometry
+from asymlift.model.sampling import SampleSettings
+from asymlift.recipe import Recipe
+from asymlift.runtime import dist, log
+from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
+from asymlift.stages.finetune import FinetuneReport, accumulation_for, finetune
+from asymlift.stages.fit_basis import BasisReport, FitPlan, fit_basis
+from asymlift.stages.preview import read_prompts
+from asymlift.stages.sample import SamplePlan, SampleReport, sample
+from asymlift.stages.sample_folder import Weights
+
+EMBEDDED = "embedded:"
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """The base model on this machine: a folder, or one that came with the package."""
+    name = recipe.model.base
+    if name.startswith(EMBEDDED):
+        from asymlift.embedded import MODELS
+
+        inside = name.removeprefix(EMBEDDED)
+        if inside not in MODELS:
+            raise BadRecipe(
+                f"model.base: no embedded model {inside!r}; there are {', '.join(MODELS)}"
+            )
+        return MODELS[inside]
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise Unavailable(
+            f"model.base: {name}: no such folder. Nothing is downloaded unasked: fetch it first, "
+            f"with `hf download {name} --local-dir FOLDER`, and name the folder"
+        )
+    return path
+
+
+def family_of(recipe: Recipe, base: Path) -> tuple[Family, Geometry]:
+    folder = DiffusersFolder(base)
+    config = folder.config("transformer")
+    family = find_family(recipe.model.family, folder.model_index, config)
+    return family, family.geometry(config, folder.config("vae"))
+
+
+def basis_path(recipe: Recipe) -> Path:
+    return recipe.run_folder / "basis.safetensors"
+
+
+def lifted_path(recipe: Recipe) -> Path:
+    return recipe.run_folder / "lifted"
+
+
+def needed(path: Path, command: str) -> Path:
+    if not path.exists():
+        raise Unavailable(f"{path}: not there yet; run `asymlift {command}` on this recipe first")
+    return path
+
+
+# ---- fit-basis ---------------------------------------------------------------------------------
+
+
+def run_fit_basis(
+    recipe: Recipe, *, accept_poor_fit: bool = False, overwrite: bool = False
+) -> BasisReport | None:
+    base, ranks = base_folder(recipe), dist.discover()
+    quiet_unless_first(ranks)
+    family, geometry = family_of(recipe, base)
+    return fit_basis(
+        FitPlan(
+            train=recipe.data.train,
+            validation=recipe.data.validation,
+            family=family,
+            geometry=geometry,
+            out=recipe.run_folder,
+            base=base,
+            space=recipe.color.space,
+            mean=recipe.color.mean,
+            std=recipe.color.std,
+            method=recipe.basis.method,
+            images=recipe.basis.images,
+            holdout=recipe.basis.holdout,
+            tokens_per_image=recipe.basis.tokens_per_image,
+            max_bad_fraction=recipe.data.max_bad_fraction,
+            accept_poor_fit=accept_poor_fit,
+            overwrite=overwrite,
+            workers=recipe.data.workers,
+            device=str(dist.device_for(ranks)),
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+    )
+
+
+def check_fit_basis(recipe: Recipe) -> dict[str, Any]:
+    base = base_folder(recipe)
+    family, geometry = family_of(recipe, base)
+    return {
+        "base": str(base),
+        "family": family.name,
+        "latent token": f"{geometry.d} numbers",
+        "pixel token": f"{geometry.D} numbers, patches of {geometry.pixel_patch} pixels",
+        "shards": len(expand(recipe.data.train)),
+        "would write": str(basis_path(recipe)),
+    }
+
+
+# ---- convert -----------------------------------------------------------------------------------
+
+
+def run_convert(
+    recipe: Recipe, *, verify: Literal["auto", "maps", "full"] = "auto", overwrite: bool = False
+) -> ConvertReport:
+    base = base_folder(recipe)
+    family, _ = family_of(recipe, base)
+    return convert(
+        ConvertPlan(
+            base=base,
+            basis=needed(basis_path(recipe), "fit-basis"),
+            output=lifted_path(recipe),
+            family=family,
+            family_name=recipe.model.family if ":" in recipe.model.family else "",
+            verify=verify,
+            text_length=recipe.model.text_length,
+            overwrite=overwrite,
+        )
+    )
+
+
+def check_convert(recipe: Recipe) -> dict[str, Any]:
+    base = base_folder(recipe)
+    family, geometry = family_of(recipe, base)
+    return {
+        "base": str(base),
+        "family": family.name,
+        "basis": str(needed(basis_path(recipe), "fit-basis")),
+        "first map": f"{family.first}: reads {geometry.d} numbers now, {geometry.D} lifted",
+        "last map": f"{family.last}: writes {geometry.d} numbers now, {geometry.D} lifted",
+        "would write": str(lifted_path(recipe)),
+    }
+
+
+# ---- finetune ----------------------------------------------------------------------------------
+
+
+def run_finetune(recipe: Recipe) -> FinetuneReport:
+    ranks = dist.discover()
+    quiet_unless_first(ranks)
+    needed(lifted_path(recipe), "convert")
+    return finetune(recipe, ranks)
+
+
+def check_finetune(recipe: Recipe) -> dict[str, Any]:
+    ranks = dist.discover()
+    accumulation = accumulation_for(recipe.finetune, ranks)
+    if recipe.finetune.preview is not None:
+        read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
+    found = newest_whole(recipe.run_folder / "checkpoints", log.warn)
+    return {
+        "lifted": str(needed(lifted_path(recipe), "convert")),
+        "shards": len(expand(recipe.data.train)),
+        "ranks": ranks.world,
+        "batch": f"{ranks.world} x {recipe.finetune.micro_batch} x {accumulation} accumulated",
+        "starts at step": found.step if found else 0,
+        "ends at step": recipe.finetune.steps,
+    }
+
+
+# ---- sample ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What the command line adds to the recipe's `sample` section."""
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: Path | None = None
+    weights: tuple[str, ...] = ()
+    compare: bool = False
+    step: int | None = None
+    num: int = 1
+    out: Path | None = None
+    overwrite: bool = False
+
+
+def run_sample(recipe: Recipe, request: SampleRequest) -> SampleReport:
+    quiet_unless_first(dist.discover())
+    return sample(sample_plan(recipe, request))
+
+
+def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
+    prompts = list(request.prompts)
+    if request.prompts_file is not None:
+        prompts += read_prompts(str(request.prompts_file), "--prompts")
+    if not prompts:
+        raise BadRecipe('no prompts: give --prompt "...", or --prompts FILE')
+    weights = chosen_weights(recipe, request)
+    use, trained = recipe.sample, {"ema", "raw"} & set(weights)
+    checkpoint = checkpoint_for(recipe, request.step) if trained else None
+    return SamplePlan(
+        out=request.out or recipe.run_folder / "samples" / "prompts",
+        prompts=tuple(prompts),
+        height=use.height,
+        width=use.width,
+        weights=weights,
+        settings=SampleSettings(
+            solver=use.solver,
+            steps=use.steps,
+            guidance=use.guidance,
+            orthogonal=use.orthogonal,
+            clamp=use.clamp,
+            shift=use.shift,
+        ),
+        base=base_folder(recipe) if "base" in weights else None,
+        lifted=needed(lifted_path(recipe), "convert"),
+        checkpoint=checkpoint,
+        family=recipe.model.family,
+        seed=use.seed,
+        num_per_prompt=request.num,
+        text_length=recipe.model.text_length,
+        batch=use.batch,
+        overwrite=request.overwrite,
+    )
+
+
+def chosen_weights(recipe: Recipe, request: SampleRequest) -> tuple[Weights, ...]:
+    for name in request.weights:
+        if name not in get_args(Weights):
+            raise BadRecipe(f"--weights {name}: choose from {', '.join(get_args(Weights))}")
+    if request.compare:
+        return ("base", "lifted", "ema" if recipe.finetune.ema else "raw")
+    given: tuple[Any, ...] = request.weights or ("ema" if recipe.finetune.ema else "raw",)
+    return given
+
+
+def checkpoint_for(recipe: Recipe, step: int | None) -> Path:
+    checkpoints = recipe.run_folder / "checkpoints"
+    if step is not None:
+        return needed(step_folder(checkpoints, step), "finetune")
+    found = newest_whole(checkpoints, log.warn)
+    if found is None:
+        raise Unavailable(
+            f"{checkpoints}: no checkpoint; run `asymlift finetune` first, or sample the "
+            "converted model with --weights lifted"
+        )
+    return found.folder
+
+
+def check_sample(recipe: Recipe, request: SampleRequest) -> dict[str, Any]:
+    plan = sample_plan(recipe, request)
+    return {
+        "weights": ", ".join(plan.weights),
+        "checkpoint": str(plan.checkpoint) if plan.checkpoint else None,
+        "pictures": len(plan.prompts) * plan.num_per_prompt * len(plan.weights),
+        "would write": str(plan.out),
+    }
+
+
+# ---- what is printed ---------------------------------------------------------------------------
+
+
+def quiet_unless_first(ranks: dist.Ranks) -> None:
+    """One voice: rank 0 speaks, the others only warn of what ends them."""
+    if not ranks.first:
+        log.set_verbosity(-1)
+
+
+def describe_basis(report: BasisReport) -> list[str]:
+    score = report.score
+    return [
+        f"{'already there: ' if report.already_done else 'wrote '}{report.path}: rank "
+        f"{report.rank}, patches of {report.patch} pixels, s = {report.s:.4f}",
+        f"fit: {report.verdict} (provisional thresholds: good from R2 0.5, marginal from 0)",
+        f"held-out images: R2 {score.r2:.3f} x captured energy {score.captured:.3f} = explained "
+        f"{score.explained:.3f}",
+        f"see {report.page}",
+    ]
+
+
+def describe_conversion(report: ConvertReport) -> list[str]:
+    lines = [
+        f"{'already there: ' if report.already_done else 'wrote '}{report.path}: rank "
+        f"{report.rank}, patches of {report.patch} pixels, s = {report.scale:.4f}"
+    ]
+    if report.maps is not None:
+        lines.append(
+            f"the two maps, read back: relative error {report.maps.first:.1e} (first), "
+            f"{report.maps.last:.1e} (last), {report.maps.outside:.1e} outside the subspace"
+        )
+    if report.coupling is not None:
+        lines.append(
+            f"sampling in pixels = s A z of sampling in latents: {report.coupling.psnr:.1f} dB, "
+            f"relative error {report.coupling.error:.1e} ({report.coupling.steps} Euler steps)"
+        )
+    if report.license:
+        lines.append(f"license of the base model: {report.license}")
+    return lines + list(report.notes)
+
+
+def describe_finetune(report: FinetuneReport) -> list[str]:
+    lines = [f"step {report.step}: {report.checkpoint}"]
+    if report.last:
+        shown = {k: v for k, v in report.last.items() if k.startswith(("loss", "control"))}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        lines.append(f"{values}; {report.seconds:.0f} s")
+    else:
+        lines.append("all steps were done already")
+    if report.bad_samples:
+        lines.append(f"bad samples, left out: {report.bad_samples}; see {report.folder / 'logs'}")
+    return lines
+
+
+def describe_samples(report: SampleReport) -> list[str]:
+    drawn = f"{report.num_drawn} drawn" if report.num_drawn else "all there already"
+    lines = [f"{len(report.pictures)} pictures in {report.folder}: {drawn}"]
+    if report.grid is not None:
+        lines.append(f"side by side: {report.grid}")
+    return lines
+
+
+DESCRIPTIONS: dict[type[Any], Callable[[Any], Sequence[str]]] = {
+    BasisReport: describe_basis,
+    ConvertReport: describe_conversion,
+    FinetuneReport: describe_finetune,
+    SampleReport: describe_samples,
+}
+
+
+def finish(report: Any, next_command: str | None, *, as_json: bool) -> None:
+    """Print a report, as lines or as JSON, and what to run next."""
+    if report is None or int(os.environ.get("RANK", "0")) > 0:
+        return
+    if as_json:
+        log.print_json(dataclasses.asdict(report))
+        return
+    for line in DESCRIPTIONS[type(report)](report):
+        log.say(line)
+    if next_command:
+        log.say(f"next: {next_command}")
