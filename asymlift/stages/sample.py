@@ -14,29 +14,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from asymlift.artifacts.checkpoint import EMA, TRAINABLE, Checkpoint, open_checkpoint
-from asymlift.artifacts.diffusers_folder import DiffusersFolder
-from asymlift.artifacts.files import sha256_file, write_bytes_atomically, writing
+from asymlift.artifacts.checkpoint import EMA, KIND, STATE, TRAINABLE, Checkpoint
+from asymlift.artifacts.diffusers_folder import DiffusersFolder, read_json
+from asymlift.artifacts.files import sha256_file, write_bytes_atomically
 from asymlift.artifacts.lifted_folder import Lifted, read_lifted
 from asymlift.artifacts.manifest import NAME as MANIFEST
-from asymlift.artifacts.manifest import canonical_json, digest_json
+from asymlift.artifacts.manifest import canonical_json, digest_json, read_manifest
 from asymlift.artifacts.safetensors_stream import load_tensors
 from asymlift.data.order import derive
-from asymlift.data.pictures import (
-    decode_image,
-    encode_png,
-    float_to_image,
-    image_to_float,
-    resize_image,
-)
-from asymlift.errors import BadData, BadRecipe, CannotWrite, Unavailable
+from asymlift.data.pictures import encode_png, float_to_image
+from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import find_family
 from asymlift.families.base import Family, Geometry, Text
 from asymlift.model.loading import load_pipeline, load_pipeline_parts, load_transformer
@@ -44,14 +37,10 @@ from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_paint
 from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
 from asymlift.model.trained_weights import apply_trained
-from asymlift.report.pictures import grid_png
 from asymlift.runtime import dist, log
+from asymlift.stages.sample_folder import GRID, Picture, SampleFolder, Weights, read_index
 
-Weights = Literal["base", "lifted", "ema", "raw"]
-WEIGHTS: tuple[Weights, ...] = ("base", "lifted", "ema", "raw")
-INDEX, GRID = "index.json", "grid.png"
-
-GRID_COLUMNS, GRID_SIDE = 8, 512  # of grid.png; the single pictures have their full size
+TRAINED = {"ema": EMA, "raw": TRAINABLE}  # weights -> their file in a checkpoint
 BARRIER_SECONDS = 3600  # ranks finish apart by one batch, not more
 
 Embeddings = dict[str, dict[str, Tensor]]  # prompt -> what the family's encoder made of it
@@ -82,16 +71,6 @@ class SamplePlan:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of the plan; `number` counts within its prompt."""
-
-    file: str
-    weights: Weights
-    prompt: str
-    number: int
-
-
-@dataclass(frozen=True)
 class SampleReport:
     """What came of it. `num_drawn` is 0 when everything was there already."""
 
@@ -112,27 +91,26 @@ def sample(plan: SamplePlan) -> SampleReport:
         plan = replace(plan, precision="bfloat16" if device.type == "cuda" else "float32")
     sources = Sources(plan)
     facts = check(plan, sources)
-    pictures = list(pictures_of(plan))
+    folder = SampleFolder(plan.out, facts, list(pictures_of(plan)))
     if ranks.world > 1:
         dist.join(ranks, device, BARRIER_SECONDS)
-    missing = find_missing(plan, facts, pictures)
-    done = not missing and is_complete(plan)
+    missing = folder.missing(overwrite=plan.overwrite)
+    done = not missing and folder.is_complete()
     dist.barrier()  # every rank has looked before any of them writes
     if not done:
         if ranks.first:
-            claim(plan, index_of(plan, facts, sources, pictures))
+            folder.claim(sources.origin, overwrite=plan.overwrite)
         dist.barrier()
         draw(plan, sources, missing[ranks.rank :: ranks.world], device)
         dist.barrier()
         if ranks.first:
-            write_grid(plan, sources, pictures)
-            finish(plan, index_of(plan, facts, sources, pictures))
+            folder.finish(sources.origin, sources.label)
         dist.barrier()
     return SampleReport(
         folder=plan.out,
         pictures=read_index(plan.out)["pictures"],
         num_drawn=len(missing),
-        grid=plan.out / GRID if len(plan.weights) > 1 else None,
+        grid=plan.out / GRID if folder.compares else None,
         noise_levels=facts["noise_levels"],
         seconds=time.monotonic() - began,
     )
@@ -174,8 +152,25 @@ class Sources:
 
     @cached_property
     def checkpoint(self) -> Checkpoint | None:
-        trained = {"ema", "raw"} & set(self.plan.weights)
-        return open_checkpoint(self.plan.checkpoint) if self.plan.checkpoint and trained else None
+        """Only what is sampled is verified: the optimizer's state may be ten times as large."""
+        kinds = [weights for weights in self.plan.weights if weights in TRAINED]
+        folder = self.plan.checkpoint
+        if folder is None or not kinds:
+            return None
+        described = read_manifest(folder)
+        if described.kind != KIND:
+            raise BadData(f"{folder}: a {described.kind}, not a checkpoint")
+        if "ema" in kinds and EMA not in described.files:
+            raise Unavailable(
+                f"{folder}: has no {EMA}, as the run kept no average; "
+                "sample its weights of that step: --weights raw"
+            )
+        for name in (STATE, *(TRAINED[weights] for weights in kinds)):
+            path = folder / name
+            if not path.is_file() or sha256_file(path) != described.files[name][1]:
+                raise BadData(f"{path}: missing, or its bytes have changed; use another step")
+        state = read_json(folder / STATE)
+        return Checkpoint(folder, state["step"], state)
 
     @cached_property
     def pipeline(self) -> DiffusersFolder:
@@ -232,11 +227,6 @@ class Sources:
         if self.checkpoint:
             of_run = self.checkpoint.state.get("fingerprints", {}).get("lifted")
             same(f"{self.plan.checkpoint}: trained from", of_run, "lifted model", self.fingerprints)
-            if "ema" in self.plan.weights and not (self.checkpoint.folder / EMA).is_file():
-                raise Unavailable(
-                    f"{self.checkpoint.folder}: has no {EMA}, as the run kept no average; "
-                    "sample its weights of that step: --weights raw"
-                )
 
     def noise_levels(self) -> Tensor:
         """Pixel noise levels; without a lifted model the base's own levels."""
@@ -251,6 +241,16 @@ class Sources:
             s=self.lifted.s if self.lifted else 1.0,
             base_shift=self.family.base_shift(self.pipeline.config("scheduler"), num_tokens),
         )
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Worth knowing about the pictures, but not part of what they are."""
+        given = {name: getattr(self.plan, name) for name in ("base", "lifted", "checkpoint")}
+        return {
+            "paths": {name: str(path) for name, path in given.items() if path},
+            "family": self.family.name,
+            "torch": torch.__version__,
+        }
 
     def label(self, weights: Weights) -> str:
         step = f"step {self.checkpoint.step}" if self.checkpoint else ""
@@ -271,16 +271,14 @@ def same(owner: str, recorded: str | None, name: str, found: dict[str, str]) -> 
         )
 
 
-# ---- what is on disk ---------------------------------------------------------------------------
-
-
 def pictures_of(plan: SamplePlan) -> Iterator[Picture]:
     """By weights, then prompt, then number."""
     for weights in plan.weights:
         for position, prompt in enumerate(plan.prompts):
             for number in range(plan.num_per_prompt):
                 index = position * plan.num_per_prompt + number
-                yield Picture(f"{index:05d}-{weights}.png", weights, prompt, number)
+                file = f"{index:05d}-{weights}.png"
+                yield Picture(file, weights, prompt, number, plan.seed)
 
 
 def describe(plan: SamplePlan, sources: Sources) -> dict[str, Any]:
@@ -300,100 +298,6 @@ def describe(plan: SamplePlan, sources: Sources) -> dict[str, Any]:
         "noise_levels": f"{len(sigmas) - 1} from {sigmas[0]:.6f}, the last {sigmas[-2]:.4f}",
         "fingerprints": sources.fingerprints,
     }
-
-
-def find_missing(
-    plan: SamplePlan, facts: dict[str, Any], pictures: Sequence[Picture]
-) -> list[Picture]:
-    """The pictures still to draw; a folder that holds those of another plan is refused."""
-    if plan.overwrite or not (plan.out / INDEX).exists():
-        return list(pictures)
-    index = read_index(plan.out)
-    if index["facts"] != facts:
-        keys = facts.keys() | index["facts"].keys()
-        changed = sorted(key for key in keys if facts.get(key) != index["facts"].get(key))
-        raise CannotWrite(
-            f"{plan.out}: holds pictures made with other {', '.join(changed)}.\n"
-            "Choose another folder, or replace them: --overwrite"
-        )
-    sha256 = {entry["file"]: entry["sha256"] for entry in index["pictures"]}
-    return [
-        picture
-        for picture in pictures
-        if not (plan.out / picture.file).is_file()
-        # Until the index is complete it knows no digests; a picture there is whole all the same.
-        or sha256.get(picture.file) not in (None, sha256_file(plan.out / picture.file))
-    ]
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        index: dict[str, Any] = json.loads(path.read_bytes())
-        entries = [{"file", "sha256"} <= entry.keys() for entry in index["pictures"]]
-        if all(entries) and isinstance(index["facts"], dict) and "complete" in index:
-            return index
-    except (ValueError, AttributeError, KeyError, TypeError):
-        pass
-    raise BadData(f"{path}: damaged. Draw the pictures again: --overwrite")
-
-
-def is_complete(plan: SamplePlan) -> bool:
-    gridded = len(plan.weights) < 2 or (plan.out / GRID).is_file()
-    return gridded and read_index(plan.out)["complete"]
-
-
-def index_of(
-    plan: SamplePlan, facts: dict[str, Any], sources: Sources, pictures: Sequence[Picture]
-) -> dict[str, Any]:
-    return {
-        "kind": "samples",
-        "complete": False,
-        "facts": facts,
-        "paths": {
-            name: str(path)
-            for name in ("base", "lifted", "checkpoint")
-            if (path := getattr(plan, name))
-        },
-        "family": sources.family.name,
-        "torch": torch.__version__,
-        "pictures": [asdict(p) | {"seed": plan.seed, "sha256": None} for p in pictures],
-    }
-
-
-def claim(plan: SamplePlan, index: dict[str, Any]) -> None:
-    """Write the index before the pictures: what is drawn here belongs to this plan."""
-    with writing(plan.out):
-        plan.out.mkdir(parents=True, exist_ok=True)
-    if plan.overwrite:
-        for old in plan.out.glob("[0-9]*-*.png"):
-            old.unlink()
-    write_bytes_atomically(plan.out / INDEX, canonical_json(index))
-
-
-def finish(plan: SamplePlan, index: dict[str, Any]) -> None:
-    """Write it again, with the digests of what was drawn."""
-    for entry in index["pictures"]:
-        entry["sha256"] = sha256_file(plan.out / entry["file"])
-    write_bytes_atomically(plan.out / INDEX, canonical_json(index | {"complete": True}))
-
-
-def write_grid(plan: SamplePlan, sources: Sources, pictures: Sequence[Picture]) -> None:
-    """One row per weights, from the pictures on disk; the first few columns, reduced."""
-    if len(plan.weights) < 2:
-        return
-    shrink = min(1.0, GRID_SIDE / max(plan.height, plan.width))
-    size = round(plan.height * shrink), round(plan.width * shrink)
-    rows = []
-    for weights in plan.weights:
-        first = islice((p for p in pictures if p.weights == weights), GRID_COLUMNS)
-        images = [
-            image_to_float(resize_image(decode_image((plan.out / p.file).read_bytes()), *size))
-            for p in first
-        ]
-        rows.append((sources.label(weights), torch.stack(images)))
-    grow = max(1, 128 // max(size))
-    write_bytes_atomically(plan.out / GRID, grid_png(rows, grow))
 
 
 # ---- drawing -----------------------------------------------------------------------------------
@@ -454,7 +358,7 @@ def load_painter(
     net = load_transformer(lifted.folder, family, dtype=stored)
     if weights != "lifted":
         assert sources.checkpoint is not None
-        trained = sources.checkpoint.folder / (EMA if weights == "ema" else TRAINABLE)
+        trained = sources.checkpoint.folder / TRAINED[weights]
         apply_trained(net, load_tensors(trained), sources.checkpoint.state.get("lora"))
     flow = PixelFlow(net, family, geometry, lifted.A, lifted.s, half).to(device)
     return pixel_painter(flow, lifted, canvas)

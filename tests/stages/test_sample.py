@@ -29,7 +29,8 @@ from asymlift.model.painting import Canvas
 from asymlift.model.pixel_flow import LatentFlow
 from asymlift.model.sampling import SampleSettings, latent_noise, sample_latents
 from asymlift.stages import sample as stage
-from asymlift.stages.sample import GRID, INDEX, SamplePlan, Sources, load_painter, sample
+from asymlift.stages.sample import SamplePlan, Sources, load_painter, sample
+from asymlift.stages.sample_folder import GRID, INDEX
 from tests import tiny
 
 FAMILY = FAMILIES["flux2"]
@@ -257,6 +258,16 @@ def test_pictures_of_another_plan_are_not_mixed_or_replaced_unasked(plan):
     assert sorted(read(plan)) == ["00000-ema.png", INDEX]
 
 
+def test_pictures_from_elsewhere_are_not_replaced_unasked(plan):
+    plan.out.mkdir()
+    (plan.out / "holiday.png").write_bytes(b"precious")
+    (plan.out / "00000-ema.png").write_bytes(b"precious")
+    with pytest.raises(CannotWrite, match=r"pictures and no index.json"):
+        sample(plan)
+    sample(change(plan, overwrite=True))
+    assert (plan.out / "holiday.png").read_bytes() == b"precious"
+
+
 def test_a_damaged_index_is_named(plan):
     sample(plan)
     for content in ("{", "[]", '{"facts": {}, "pictures": [1], "complete": true}'):
@@ -305,6 +316,24 @@ def test_a_run_without_an_average_is_told_what_it_has(plan, tmp_path):
     with pytest.raises(Unavailable, match="--weights raw"):
         sample(plan)
     assert sample(change(plan, weights=("raw",))).num_drawn == 2
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "state.json"])
+def test_a_checkpoint_with_a_changed_byte_is_refused(plan, tmp_path, name):
+    step = tmp_path / "step-000250"
+    shutil.copytree(plan.checkpoint, step)
+    data = bytearray((step / name).read_bytes())
+    data[-1] ^= 1
+    (step / name).write_bytes(data)
+    with pytest.raises(BadData, match=f"{name}: missing, or its bytes have changed"):
+        sample(change(plan, checkpoint=step))
+    if name == "ema.safetensors":
+        assert sample(change(plan, checkpoint=step, weights=("raw",))).num_drawn == 2
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(plan):
+    with pytest.raises(BadData, match="a lifted, not a checkpoint"):
+        sample(change(plan, checkpoint=plan.lifted))
 
 
 def test_another_base_than_the_one_that_was_lifted_is_refused(plan, tmp_path):
