@@ -11,7 +11,6 @@ Shapes: B batch, N tokens of a picture, d the latent token's width, S the side i
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +25,9 @@ from asymlift.embedded import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, TEXT_LENGTH
 from asymlift.embedded.metrics import Measure, high_frequency_ratio
 from asymlift.embedded.nets import FeatureNet
 from asymlift.embedded.scenes import LABELS, caption, make_scenes
+from asymlift.maths import basis
+from asymlift.maths.moments import Moments
+from asymlift.maths.patches import image_to_tokens
 from asymlift.runtime import third_party
 
 third_party.prepare()  # without it, diffusers does not import beside a CPU-only torch
@@ -44,7 +46,6 @@ VAE_CHANNELS = (16, 32, 64)  # three levels: one latent pixel for 4 x 4 pixels
 LATENT_CHANNELS = 4
 PATCH = 8  # pixels per token side: 4 of the VAE, 2 of the packing
 HEADS, HEAD_DIM = 4, 32
-BASE_ROUNDS = 2  # the schedule runs twice, the second time from the first one's average
 EMPTY_SHARE = 0.1  # captions dropped, so that guidance has an unconditional model
 
 # Seeds of scenes that no two purposes share.
@@ -58,12 +59,12 @@ class Variant:
 
     folder: str
     vae_steps: int
-    base_steps: int
+    base_rounds: tuple[int, ...] = (3000, 1200)  # steps; a round starts from the last one's average
 
 
 VARIANTS = {
-    "weak": Variant("tiny", vae_steps=1100, base_steps=3000),
-    "good": Variant("tiny-good-vae", vae_steps=3000, base_steps=3000),
+    "weak": Variant("tiny", vae_steps=1100),
+    "good": Variant("tiny-good-vae", vae_steps=3000),
 }
 
 
@@ -135,8 +136,8 @@ def build(out: Path, variant: Variant, *, seed: int, scale: float) -> None:
 
     def train_transformer() -> None:
         net = make_transformer(seed=seed + 2)
-        for _ in range(BASE_ROUNDS):
-            train_base(net, pipeline, steps(variant.base_steps))
+        for full in variant.base_rounds:
+            train_base(net, pipeline, steps(full))
         save_small(net, folder / "transformer")
 
     path = make("transformer", folder / "transformer", train_transformer)
@@ -407,7 +408,7 @@ def measure(pipeline: Flux2KleinPipeline, judge: FeatureNet) -> dict[str, object
     return {
         "vae_psnr": round(float((-10 * error.log10()).mean()), 2),
         "vae_high_frequency": round(high_frequency_ratio(reconstruction, some), 3),
-        "alignment": alignment(vae, train, held_out.image),
+        "alignment": rounded(alignment(vae, train, held_out.image)),
         "real": rounded(asdict(score(some, labels))),
         "vae_reconstruction": rounded(asdict(score(reconstruction, labels))),
         "latent_base": rounded(asdict(score(sampled, labels))),
@@ -416,23 +417,18 @@ def measure(pipeline: Flux2KleinPipeline, judge: FeatureNet) -> dict[str, object
 
 def alignment(vae: AutoencoderKLFlux2, train: Tensor, held_out: Tensor) -> dict[str, float]:
     """Fit a Procrustes basis on one set and report, on the other, how well a port would start."""
-    z, x = encode_tokens(vae, train).flatten(0, 1).double(), pixel_tokens(train).double()
-    U, _, Vt = torch.linalg.svd(z.T @ x, full_matrices=False)
-    A = Vt.T @ U.T
-    s = math.sqrt(float((x @ A).square().sum() / z.square().sum()))
-    z, x = encode_tokens(vae, held_out).flatten(0, 1).double(), pixel_tokens(held_out).double()
-    inside = (x @ A).square().sum()
-    return {
-        "r2": round(1 - float((x @ A - s * z).square().sum() / inside), 3),
-        "scale": round(s, 3),
-        "captured_energy": round(float(inside / x.square().sum()), 3),
-    }
+    fitted_on = moments(vae, train)
+    A, _ = basis.procrustes(fitted_on)
+    s = basis.norm_matched_scale(A, fitted_on)
+    return {"scale": s} | asdict(basis.alignment(A, s, moments(vae, held_out)))
 
 
-def pixel_tokens(image: Tensor) -> Tensor:
-    """Return normalised pixel tokens (n N, 3 p p), channel first, one per latent token."""
-    x = (image - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / PIXEL_STD
-    return functional.unfold(x, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
+def moments(vae: AutoencoderKLFlux2, image: Tensor) -> Moments:
+    """Return the moments of aligned latent and pixel tokens of these images."""
+    x = image_to_tokens((image - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / PIXEL_STD, PATCH)
+    z = encode_tokens(vae, image)
+    zero = Moments.zero(x.shape[-1], z.shape[-1])
+    return zero.add(x, z, len(image))
 
 
 def rounded(value: object) -> object:

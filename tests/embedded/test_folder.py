@@ -106,6 +106,11 @@ def test_the_embedded_files_are_small_and_hold_no_code():
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in files)  # readable once installed
 
 
+def test_no_file_says_where_it_was_built():
+    for path in FOLDER.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_measured_summary_is_there(name):
     summary = json.loads((MODELS[name] / "build.json").read_text())
