@@ -1,7 +1,11 @@
 """A diffusers pipeline folder, read without diffusers: JSON and safetensors, never pickle."""
 
 import json
+import os
 import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ class DiffusersFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._sha256: dict[Path, str] = {}
+        self._sha256: dict[Path, Future[str]] = {}
         if not path.is_dir():
             raise BadData(f"{path}: there is no such folder.")
         if not (path / "model_index.json").is_file():
@@ -128,11 +132,30 @@ class DiffusersFolder:
     def sha256(self, path: Path) -> str:
         """Digest of one file of this folder, computed once."""
         if path not in self._sha256:
+            self._sha256[path] = Future()
+            self._hash(path)
+        return self._sha256[path].result()
+
+    @contextmanager
+    def hashing_ahead(self, paths: Iterable[Path]) -> Iterator[None]:
+        """Compute digests in the background; `sha256` waits for those that it needs."""
+        workers = max(1, min(4, (os.cpu_count() or 1) - 1))
+        with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the interpreter's lock
+            for path in paths:
+                if path not in self._sha256:
+                    self._sha256[path] = Future()
+                    pool.submit(self._hash, path)
             try:
-                self._sha256[path] = sha256_file(path)
-            except OSError as error:
-                raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
-        return self._sha256[path]
+                yield
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _hash(self, path: Path) -> None:
+        try:
+            self._sha256[path].set_result(sha256_file(path))
+        except OSError as error:
+            problem = BadData(f"{path}: cannot be read ({error.strerror}).")
+            self._sha256[path].set_exception(problem)
 
     def fingerprint(self, component: str) -> str:
         """'sha256:...' of a component's weights and of what its config computes."""

@@ -41,22 +41,24 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
         fsync_folder(path.parent)
 
 
-def link_or_copy(source: Path, target: Path) -> bool:
-    """Hard-link a file, or copy it where links cannot be made; True if it was linked."""
+def link_or_copy(source: Path, target: Path) -> str | None:
+    """Hard-link a file (None), or copy it where that cannot be (the sha256 of what was copied)."""
     source = source.resolve()  # the hub cache is a tree of symlinks
     try:
         target.hardlink_to(source)
-        return True
+        return None
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
     part = target.with_name(target.name + ".part")
-    with source.open("rb") as original, part.open("wb") as copy:
-        shutil.copyfileobj(original, copy, CHUNK)
-        copy.flush()
+    with source.open("rb", buffering=0) as original, part.open("wb", buffering=0) as copy:
+        while count := original.readinto(buffer):
+            digest.update(buffer[:count])
+            copy.write(buffer[:count])
         os.fsync(copy.fileno())
     part.replace(target)
-    return False
+    return digest.hexdigest()
 
 
 def free_bytes(path: Path) -> int:

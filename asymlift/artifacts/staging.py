@@ -22,6 +22,7 @@ from asymlift.artifacts.files import (
     write_bytes_atomically,
     writing,
 )
+from asymlift.errors import BadData
 
 
 class StagedFolder:
@@ -32,7 +33,7 @@ class StagedFolder:
         self.work = target.with_name(f".{target.name}.work")
         self.new = self.work / "new"
         self.sha256: dict[str, str] = {}  # of every file in the folder so far
-        self._done: dict[str, str] = {}  # what an earlier run had finished
+        self._done: dict[str, tuple[str, str]] = {}  # finished earlier: its sha256, its origin's
 
     def begin(self, identity: str) -> bool:
         """Go on with what a killed run left; False if that was something else and is gone now."""
@@ -50,17 +51,22 @@ class StagedFolder:
         self._done = dict(self._finished())
         return not stale
 
-    def make(self, name: str, build: Callable[[Path], str]) -> bool:
-        """Have `build(path)` write a file and return its sha256; False if it was there already."""
+    def make(self, name: str, build: Callable[[Path], str], origin: Callable[[], str]) -> bool:
+        """Have `build(path)` write a file and return its sha256.
+
+        False if an earlier run had finished it, from a file whose sha256 was `origin()` then too.
+        """
         path = self._place(name)
-        if name in self._done and path.is_file() and sha256_file(path) == self._done[name]:
-            self.sha256[name] = self._done[name]
+        sha256, made_from = self._done.get(name, ("", ""))
+        if sha256 and path.is_file() and made_from == origin() and sha256_file(path) == sha256:
+            self.sha256[name] = sha256
             return False
         with writing(path):
             path.unlink(missing_ok=True)
             self.sha256[name] = build(path)
+            entry = json.dumps([name, self.sha256[name], origin()])
             with self._log.open("ab", buffering=0) as log:
-                log.write(json.dumps([name, self.sha256[name]]).encode() + b"\n")
+                log.write(entry.encode() + b"\n")
                 os.fsync(log.fileno())
         return True
 
@@ -69,27 +75,26 @@ class StagedFolder:
         write_bytes_atomically(self._place(name), data)
         self.sha256[name] = sha256_file(self.new / name)
 
-    def link(self, name: str, source: Path, sha256: str) -> bool:
-        """A file that is taken over as it is; True if it costs no space."""
-        path = self._place(name)
+    def link(self, name: str, source: Path, sha256: Callable[[], str]) -> bool:
+        """Take a file over as it is; True if that cost no space."""
+        path, copied = self._place(name), None
         with writing(path):
-            if path.exists() and path.samefile(source):
-                linked = True
-            else:
+            if not (path.exists() and path.samefile(source)):
                 path.unlink(missing_ok=True)
-                linked = link_or_copy(source, path)
-        assert linked or sha256_file(path) == sha256, f"{source} changed while it was copied"
-        self.sha256[name] = sha256
-        return linked
+                copied = link_or_copy(source, path)
+        self.sha256[name] = sha256()
+        if copied not in (None, self.sha256[name]):
+            raise BadData(f"{source}: changed while it was copied. Run the same command again.")
+        return copied is None
 
     def can_link(self, source: Path) -> bool:
         """Whether files beside `source` can be linked into this folder."""
         probe = self.work / "probe"
         with writing(probe):
             probe.unlink(missing_ok=True)
-            linked = link_or_copy(source, probe)
+            copied = link_or_copy(source, probe)
             probe.unlink()
-        return linked
+        return copied is None
 
     def commit(self, *, kind: str, facts: dict[str, Any]) -> None:
         """Write the manifest and put the folder where it belongs, replacing what is there."""
@@ -127,12 +132,12 @@ class StagedFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _finished(self) -> Iterator[tuple[str, str]]:
+    def _finished(self) -> Iterator[tuple[str, tuple[str, str]]]:
         lines = self._log.read_bytes().splitlines() if self._log.exists() else []
         for line in lines:
             with suppress(ValueError):  # the last line may have been cut
-                name, sha256 = json.loads(line)
-                yield name, sha256
+                name, sha256, origin = json.loads(line)
+                yield name, (sha256, origin)
 
 
 @contextmanager

@@ -5,10 +5,10 @@ built beside its target and renamed when it has been verified.
 """
 
 import dataclasses
+import functools
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,8 +84,23 @@ class Source:
     color: ColorCode
     weights: LiftedWeights
     carried: dict[str, Path]  # every file outside the transformer, by its relative path
-    fingerprints: dict[str, str]
-    notes: list[str] = field(default_factory=list)
+    basis_sha256: str
+    notes: list[str]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of the base that matter."""
+        return [*self.weights.headers, *self.carried.values()]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the result is made from. Waits until every file has been hashed."""
+        base = self.base
+        return {
+            "base_transformer": base.fingerprint(COMPONENT),
+            "vae": base.fingerprint("vae"),
+            "basis": f"sha256:{self.basis_sha256}",
+            "base": digest_json({name: base.sha256(path) for name, path in self.carried.items()}),
+        }
 
 
 def convert(plan: ConvertPlan) -> ConvertReport:
@@ -94,7 +109,6 @@ def convert(plan: ConvertPlan) -> ConvertReport:
     output = plan.output.resolve()
     with staged_folder(output, f"{plan.output}") as staged:
         source = read_source(plan)
-        identity = _identity(plan, source)
         report = ConvertReport(
             path=plan.output,
             rank=source.geometry.d,
@@ -103,14 +117,16 @@ def convert(plan: ConvertPlan) -> ConvertReport:
             license=source.base.license,
             notes=source.notes,
         )
-        if output.exists() and _is_done(plan, output, identity):
-            staged.clear()
-            report = _already_done(plan, source, output, report)
-        else:
-            if not staged.begin(digest_json([identity, __version__])):
-                source.notes.append(f"{staged.work}: an unfinished conversion of something else")
-            report = _build(plan, source, staged, report)
-            staged.commit(kind=lifted_folder.KIND, facts=identity)
+        with source.base.hashing_ahead(source.files):  # takes as long as writing: do both at once
+            if output.exists() and _is_done(plan, output, _identity(plan, source)):
+                staged.clear()
+                report = _already_done(plan, source, output, report)
+            else:
+                if not staged.begin(_quick_identity(plan, source)):
+                    lost = f"{staged.work}: an unfinished conversion of something else, discarded"
+                    source.notes.append(lost)
+                report = _build(plan, source, staged, report)
+                staged.commit(kind=lifted_folder.KIND, facts=_identity(plan, source))
     return dataclasses.replace(report, seconds=time.monotonic() - started)
 
 
@@ -128,10 +144,6 @@ def read_source(plan: ConvertPlan) -> Source:
         )
     geometry = family.geometry(config, base.config("vae"))
     basis = load_basis(plan.basis, geometry.pixel_patch)
-    weights = LiftedWeights.of(base, family, geometry, basis.A)
-    carried = _carried_files(base, notes)
-    with ThreadPoolExecutor(4) as pool:  # hashing does not hold the interpreter's lock
-        list(pool.map(base.sha256, [*weights.headers, *carried.values()]))
     if basis.unknown:
         notes.append(f"{plan.basis}: does not say {', '.join(basis.unknown)}; not checked")
     return Source(
@@ -139,14 +151,9 @@ def read_source(plan: ConvertPlan) -> Source:
         basis=basis,
         geometry=geometry,
         color=_check_basis(plan, basis, geometry, base),
-        weights=weights,
-        carried=carried,
-        fingerprints={
-            "base_transformer": base.fingerprint(COMPONENT),
-            "vae": base.fingerprint("vae"),
-            "basis": "sha256:" + sha256_file(plan.basis),
-            "base": digest_json({name: base.sha256(path) for name, path in carried.items()}),
-        },
+        weights=LiftedWeights.of(base, family, geometry, basis.A),
+        carried=_carried_files(base, notes),
+        basis_sha256=sha256_file(plan.basis),
         notes=notes,
     )
 
@@ -215,8 +222,24 @@ def _identity(plan: ConvertPlan, source: Source) -> dict[str, Any]:
     return {
         "family": plan.family_name or plan.family.name,
         "color": dataclasses.asdict(source.color) | {"mean": list(source.color.mean)},
-        "fingerprints": source.fingerprints,
+        "fingerprints": source.fingerprints(),
     }
+
+
+def _quick_identity(plan: ConvertPlan, source: Source) -> str:
+    """What an unfinished conversion is of, without reading the base: each weight file that was
+    finished knows the sha256 of its origin besides.
+    """
+    stats = [(str(path.relative_to(plan.base)), path.stat()) for path in source.files]
+    return digest_json(
+        {
+            "asymlift": __version__,
+            "family": plan.family_name or plan.family.name,
+            "color": dataclasses.asdict(source.color),
+            "basis": source.basis_sha256,
+            "base": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        }
+    )
 
 
 def _is_done(plan: ConvertPlan, output: Path, identity: dict[str, Any]) -> bool:
@@ -277,15 +300,17 @@ def _build(
     """Fill the staged folder and verify it."""
     weights, linked, written, resumed = source.weights, 0, 0, 0
     _check_space(plan, source, staged)
-    for name, path in source.carried.items():
-        linked += staged.link(name, path, source.base.sha256(path))
+    carried = dict(source.carried)
     for path in weights.headers:
         name = f"{COMPONENT}/{path.name}"
         if weights.is_changed(path):
+            origin = functools.partial(source.base.sha256, path)
             written += 1
-            resumed += not staged.make(name, weights.writer_of(path))
+            resumed += not staged.make(name, weights.writer_of(path), origin)
         else:
-            linked += staged.link(name, path, source.base.sha256(path))
+            carried[name] = path
+    for name, path in carried.items():
+        linked += staged.link(name, path, functools.partial(source.base.sha256, path))
     staged.write(f"{COMPONENT}/config.json", weights.config())
     if index := weights.index():
         staged.write(f"{COMPONENT}/{index[0]}", index[1])
@@ -302,7 +327,7 @@ def _build(
         A=source.basis.A,
         s=source.basis.s,
         color=source.color,
-        fingerprints=source.fingerprints,
+        fingerprints=source.fingerprints(),
         more=_more_facts(source, maps, coupling),
     )
     for name in (lifted_folder.FACTS, lifted_folder.TENSORS):

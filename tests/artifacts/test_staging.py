@@ -2,10 +2,11 @@
 
 import pytest
 
+from asymlift.artifacts import staging
 from asymlift.artifacts.files import sha256_file
 from asymlift.artifacts.manifest import check_manifest
 from asymlift.artifacts.staging import staged_folder
-from asymlift.errors import CannotWrite
+from asymlift.errors import BadData, CannotWrite
 
 
 def writer(data, calls):
@@ -17,20 +18,26 @@ def writer(data, calls):
     return build
 
 
+def origin():
+    return "0123"
+
+
 def leave_unfinished(target, identity="one"):
     with staged_folder(target, "x") as staged:
         staged.begin(identity)
-        staged.make("big", writer(b"123", []))
+        staged.make("big", writer(b"123", []), origin)
 
 
 def test_a_folder_appears_whole_and_nothing_is_left_beside_it(tmp_path):
     target = tmp_path / "runs" / "folder"
-    (tmp_path / "carried").write_bytes(b"c")
+    (tmp_path / "carried").write_bytes(b"123")
     with staged_folder(target, "x") as staged:
         assert staged.begin("one")
-        assert staged.make("sub/big", writer(b"123", []))
+        assert staged.make("sub/big", writer(b"123", []), origin)
         staged.write("small", b"s")
-        staged.link("carried", tmp_path / "carried", sha256_file(tmp_path / "carried"))
+        assert staged.link(
+            "carried", tmp_path / "carried", lambda: sha256_file(staged.new / "sub/big")
+        )
         assert not target.exists()
         staged.commit(kind="test", facts={})
     assert check_manifest(target) == []
@@ -42,7 +49,7 @@ def test_what_a_killed_run_finished_is_not_made_again(tmp_path):
     calls = []
     with staged_folder(tmp_path / "folder", "x") as staged:
         assert staged.begin("one")
-        assert not staged.make("big", writer(b"123", calls))
+        assert not staged.make("big", writer(b"123", calls), origin)
         assert calls == []
 
 
@@ -52,8 +59,23 @@ def test_unless_its_bytes_have_changed(tmp_path):
     calls = []
     with staged_folder(tmp_path / "folder", "x") as staged:
         staged.begin("one")
-        assert staged.make("big", writer(b"123", calls))
+        assert staged.make("big", writer(b"123", calls), origin)
         assert calls == ["big"]
+
+
+def test_or_the_file_it_was_made_from_has_changed(tmp_path):
+    leave_unfinished(tmp_path / "folder")
+    with staged_folder(tmp_path / "folder", "x") as staged:
+        staged.begin("one")
+        assert staged.make("big", writer(b"123", []), lambda: "4567")
+
+
+def test_a_file_that_changes_while_it_is_copied_is_bad_data(tmp_path, monkeypatch):
+    (tmp_path / "carried").write_bytes(b"1")
+    monkeypatch.setattr(staging, "link_or_copy", lambda source, target: "its sha256 now")
+    changed = pytest.raises(BadData, match="carried: changed while it was copied")
+    with staged_folder(tmp_path / "folder", "x") as staged, changed:
+        staged.link("carried", tmp_path / "carried", lambda: "its sha256 before")
 
 
 def test_a_torn_line_in_the_log_is_a_file_that_is_not_finished(tmp_path):
@@ -62,7 +84,7 @@ def test_a_torn_line_in_the_log_is_a_file_that_is_not_finished(tmp_path):
     log.write_bytes(log.read_bytes()[:-20])
     with staged_folder(tmp_path / "folder", "x") as staged:
         staged.begin("one")
-        assert staged.make("big", writer(b"123", []))
+        assert staged.make("big", writer(b"123", []), origin)
 
 
 def test_what_was_left_of_something_else_is_discarded(tmp_path):
@@ -70,7 +92,7 @@ def test_what_was_left_of_something_else_is_discarded(tmp_path):
     with staged_folder(tmp_path / "folder", "x") as staged:
         assert not staged.begin("two")
         assert not (staged.new / "big").exists()
-        staged.make("other", writer(b"9", []))
+        staged.make("other", writer(b"9", []), origin)
         staged.commit(kind="test", facts={})
     assert not (tmp_path / "folder/big").exists()
 
@@ -80,7 +102,7 @@ def test_files_that_nobody_made_do_not_enter_the_folder(tmp_path):
     (tmp_path / ".folder.work/new/other.part").touch()
     with staged_folder(tmp_path / "folder", "x") as staged:
         staged.begin("one")
-        staged.make("big", writer(b"123", []))
+        staged.make("big", writer(b"123", []), origin)
         staged.commit(kind="test", facts={})
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["big", "manifest.json"]
 

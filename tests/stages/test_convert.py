@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -330,10 +332,17 @@ def test_maps_that_read_back_wrong_leave_no_output(plan, monkeypatch):
 # -- the whole model, with the real classes
 
 
+@pytest.fixture(scope="module")
+def real_base(tmp_path_factory):
+    """A tiny pipeline of the real classes, text encoders included."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    return functools.cache(lambda name: tiny.write_pipeline(folder / name, name))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pixels_follow_latents_through_the_real_classes(name, tmp_path):
+def test_pixels_follow_latents_through_the_real_classes(name, real_base, tmp_path):
     """Euler in pixels is Euler in latents seen through A, with the folder's own text encoders."""
-    base = tiny.write_pipeline(tmp_path / "base", name)
+    base = real_base(name)
     plan = real_plan(tmp_path, name, base)
     report = convert(plan)
     assert report.coupling.error <= COUPLING_TOLERANCE / 10
@@ -358,10 +367,9 @@ def real_plan(folder, name, base, **changes):
     return dataclasses.replace(plan, base=base, basis=basis, output=folder / "lifted", **changes)
 
 
-def test_a_family_that_describes_another_model_is_found_out_and_leaves_nothing(tmp_path):
-    """Two maps that are right in themselves, but a sign that is wrong between them."""
-    base = tiny.write_pipeline(tmp_path / "base", "flux2")
-    plan = real_plan(tmp_path, "flux2", base)
+def test_a_family_that_describes_another_model_is_found_out_and_leaves_nothing(real_base, tmp_path):
+    """Each map is right in itself, but the family is wrong about how its numbers are ordered."""
+    plan = real_plan(tmp_path, "flux2", real_base("flux2"))
     wrong = dataclasses.replace(plan.family, order_out="p q c")
     with pytest.raises(BadData, match="does not follow sampling in latents"):
         convert(dataclasses.replace(plan, family=wrong))
@@ -369,11 +377,9 @@ def test_a_family_that_describes_another_model_is_found_out_and_leaves_nothing(t
     assert not plan.output.with_name(".lifted.work").exists()
 
 
-def test_the_full_check_needs_encoders_or_conditioning(tmp_path):
-    base = tiny.write_pipeline(tmp_path / "base", "flux2")
-    for path in (base / "text_encoder").iterdir():
-        path.unlink()
-    (base / "text_encoder").rmdir()
+def test_the_full_check_needs_encoders_or_conditioning(real_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(real_base("flux2"), base, ignore=shutil.ignore_patterns("text_encoder"))
     plan = real_plan(tmp_path, "flux2", base)
     with pytest.raises(Unavailable, match=r"text_encoder/ is not in the base.*Use --verify maps"):
         convert(plan)
