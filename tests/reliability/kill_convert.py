@@ -52,13 +52,13 @@ class Experiment:
         return 0
 
     def state(self) -> str:
-        """What a reader finds: absent, old, new, or wrong."""
+        """What a reader finds: absent, old, new, or neither, which must never be."""
         if not self.plan.output.exists():
             return "absent"
         found = snapshot(self.plan.output)
         if found == self.new:
             return "new"
-        return "old" if found == self.old else "wrong"
+        return "old" if found == self.old else "neither"
 
     def finish(self) -> str:
         """Run again, undisturbed; '' if all is as it should be."""
@@ -106,6 +106,27 @@ def kill_twice(folder: Path, *, over_old: bool, times: int) -> dict[str, Any]:
     return {"pairs": times, "states": dict(states), "problems": problems}
 
 
+def kill_naive(folder: Path, *, over_old: bool) -> dict[str, Any]:
+    """What this is worth: a writer that puts the same files straight into the target."""
+    injector, experiment = Injector(), Experiment(folder, over_old=over_old)
+
+    def write_in_place() -> int:
+        for name, data in experiment.new.items():
+            path = experiment.plan.output / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return 0
+
+    experiment.reset()
+    points = injector.count(experiment.run, write_in_place)
+    states: Counter[str] = Counter()
+    for point in range(1, points + 1):
+        experiment.reset()
+        injector.kill(point, experiment.run, write_in_place)
+        states[experiment.state()] += 1
+    return {"points": points, "states": dict(states)}
+
+
 def fill_disk(folder: Path, *, at: list[int], over_old: bool) -> list[dict[str, Any]]:
     """A disk that is full from the n-th write on, then one with space again."""
     injector, experiment = Injector(), Experiment(folder, over_old=over_old)
@@ -116,7 +137,7 @@ def fill_disk(folder: Path, *, at: list[int], over_old: bool) -> list[dict[str, 
         message = (experiment.run.parent / "error").read_text()
         found.append(
             {"exit": code, "message": message, "state": experiment.state()}
-            | {"problem": experiment.finish()}
+            | {"problem": experiment.finish() if code else ""}
         )
     return found
 
@@ -129,6 +150,8 @@ def main() -> None:
         result: Any
         if scenario == "everywhere":
             result = kill_everywhere(folder, over_old=old)
+        elif scenario == "naive":
+            result = kill_naive(folder, over_old=old)
         elif scenario == "twice":
             result = kill_twice(folder, over_old=old, times=int(rest[0]))
         else:
