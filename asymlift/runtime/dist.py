@@ -73,7 +73,8 @@ def join(ranks: Ranks, device: torch.device, timeout: int) -> None:
             "start with torchrun, which sets both"
         )
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=limit)
+    store = td.HashStore()  # type: ignore[attr-defined]
+    td.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
 
 
 def leave() -> None:

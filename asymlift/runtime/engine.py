@@ -6,6 +6,7 @@ never used.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # DeepSpeed calls torch functions by names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
 
@@ -143,7 +146,7 @@ class Engine:
 
     def whole(self, name: str, shard: Tensor) -> Tensor:
         """A parameter-like tensor from what every rank holds of it. Every rank has to call."""
-        parameter = self.trainable.parameters[name]
+        parameter: Any = self.trainable.parameters[name]
         if not hasattr(parameter, "ds_shape"):
             return shard.detach()
         pieces = [torch.empty_like(shard) for _ in range(self.ranks.world)]
@@ -212,7 +215,7 @@ class Engine:
     @torch.no_grad()
     def show_shards(self, shards: Mapping[str, Tensor]) -> None:
         for name, shard in shards.items():
-            parameter = self.trainable.parameters[name]
+            parameter: Any = self.trainable.parameters[name]
             local_shard(parameter).copy_(shard)
             # Under ZeRO-3 small parameters stay whole between steps, beside their shards.
             if hasattr(parameter, "ds_shape") and parameter.numel() == parameter.ds_numel:

@@ -30,12 +30,12 @@ from asymlift.errors import BadData
 from asymlift.families import FAMILIES
 from asymlift.model.loading import load_pipeline
 from asymlift.recipe import Recipe, load_recipe
+from asymlift.report.basis_report import BasisReport
 from asymlift.report.html import numbers, page, paragraph, picture, table
 from asymlift.report.pictures import grid_png
 from asymlift.report.training_report import curve_sections
 from asymlift.runtime import log
 from asymlift.stages.convert import ConvertReport
-from asymlift.stages.fit_basis import BasisReport
 from asymlift.stages.plans import (
     SampleRequest,
     describe_basis,

@@ -8,65 +8,26 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
-from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.data.shards import expand
 from asymlift.errors import BadRecipe, Unavailable
-from asymlift.families import find_family
-from asymlift.families.base import Family, Geometry
 from asymlift.model.sampling import SampleSettings
 from asymlift.recipe import Recipe
+from asymlift.report.basis_report import BasisReport
 from asymlift.runtime import dist, log
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
 from asymlift.stages.finetune import FinetuneReport, accumulation_for, finetune
-from asymlift.stages.fit_basis import BasisReport, FitPlan, fit_basis
+from asymlift.stages.fit_basis import FitPlan, fit_basis
+from asymlift.stages.locate import (
+    base_folder,
+    basis_path,
+    checkpoints_path,
+    family_of,
+    lifted_path,
+    needed,
+)
 from asymlift.stages.preview import read_prompts
-from asymlift.stages.sample import SamplePlan, SampleReport, sample
+from asymlift.stages.sample import SamplePlan, SampleReport, check, sample
 from asymlift.stages.sample_folder import Weights
-
-EMBEDDED = "embedded:"
-
-
-def base_folder(recipe: Recipe) -> Path:
-    """The base model on this machine: a folder, or one that came with the package."""
-    name = recipe.model.base
-    if name.startswith(EMBEDDED):
-        from asymlift.embedded import MODELS
-
-        inside = name.removeprefix(EMBEDDED)
-        if inside not in MODELS:
-            raise BadRecipe(
-                f"model.base: no embedded model {inside!r}; there are {', '.join(MODELS)}"
-            )
-        return MODELS[inside]
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        raise Unavailable(
-            f"model.base: {name}: no such folder. Nothing is downloaded unasked: fetch it first, "
-            f"with `hf download {name} --local-dir FOLDER`, and name the folder"
-        )
-    return path
-
-
-def family_of(recipe: Recipe, base: Path) -> tuple[Family, Geometry]:
-    folder = DiffusersFolder(base)
-    config = folder.config("transformer")
-    family = find_family(recipe.model.family, folder.model_index, config)
-    return family, family.geometry(config, folder.config("vae"))
-
-
-def basis_path(recipe: Recipe) -> Path:
-    return recipe.run_folder / "basis.safetensors"
-
-
-def lifted_path(recipe: Recipe) -> Path:
-    return recipe.run_folder / "lifted"
-
-
-def needed(path: Path, command: str) -> Path:
-    if not path.exists():
-        raise Unavailable(f"{path}: not there yet; run `asymlift {command}` on this recipe first")
-    return path
-
 
 # ---- fit-basis ---------------------------------------------------------------------------------
 
@@ -166,7 +127,7 @@ def check_finetune(recipe: Recipe) -> dict[str, Any]:
     accumulation = accumulation_for(recipe.finetune, ranks)
     if recipe.finetune.preview is not None:
         read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
-    found = newest_whole(recipe.run_folder / "checkpoints", log.warn)
+    found = newest_whole(checkpoints_path(recipe), log.warn)
     return {
         "lifted": str(needed(lifted_path(recipe), "convert")),
         "shards": len(expand(recipe.data.train)),
@@ -245,7 +206,7 @@ def chosen_weights(recipe: Recipe, request: SampleRequest) -> tuple[Weights, ...
 
 
 def checkpoint_for(recipe: Recipe, step: int | None) -> Path:
-    checkpoints = recipe.run_folder / "checkpoints"
+    checkpoints = checkpoints_path(recipe)
     if step is not None:
         return needed(step_folder(checkpoints, step), "finetune")
     found = newest_whole(checkpoints, log.warn)
@@ -259,6 +220,7 @@ def checkpoint_for(recipe: Recipe, step: int | None) -> Path:
 
 def check_sample(recipe: Recipe, request: SampleRequest) -> dict[str, Any]:
     plan = sample_plan(recipe, request)
+    check(plan)
     return {
         "weights": ", ".join(plan.weights),
         "checkpoint": str(plan.checkpoint) if plan.checkpoint else None,
@@ -316,8 +278,8 @@ def describe_finetune(report: FinetuneReport) -> list[str]:
         lines.append(f"{values}; {report.seconds:.0f} s")
     else:
         lines.append("all steps were done already")
-    if report.bad_samples:
-        lines.append(f"bad samples, left out: {report.bad_samples}; see {report.folder / 'logs'}")
+    if report.num_bad_samples:
+        lines.append(f"{report.num_bad_samples} bad samples left out: see {report.folder / 'logs'}")
     return lines
 
 

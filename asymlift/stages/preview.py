@@ -1,30 +1,39 @@
-"""Previews while training: the same prompts and noise, as lifted and as the model is now."""
+"""Previews while training: the same prompts and noise by the base, as lifted, and as of now."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import write_bytes_atomically
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.data.pictures import decode_image, encode_png, float_to_image, image_to_float
-from asymlift.errors import BadRecipe
+from asymlift.errors import BadRecipe, Unavailable
 from asymlift.families.base import Family, Text
-from asymlift.model.pixel_flow import PixelFlow
-from asymlift.model.sampling import SampleSettings, noise_levels, pixel_noise, sample_pixels
+from asymlift.model.loading import load_transformer
+from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
+from asymlift.model.pixel_flow import LatentFlow, PixelFlow
+from asymlift.model.sampling import SampleSettings, noise_levels
 from asymlift.recipe import Recipe
 from asymlift.report.pictures import grid_png
 from asymlift.runtime.dist import Ranks
+from asymlift.runtime.log import warn
+from asymlift.stages.locate import base_folder
 
-LIFTED = "lifted"
+if TYPE_CHECKING:
+    from asymlift.stages.finetune_data import Encoders
+
+BASE, LIFTED = "base", "lifted"  # folders of the two rows that never change
+SMALLEST_SIDE = 128  # pictures in a grid are enlarged to at least that
 
 
 def read_prompts(prompts: list[str] | str, key: str) -> list[str]:
@@ -39,8 +48,39 @@ def read_prompts(prompts: list[str] | str, key: str) -> list[str]:
     return prompts
 
 
+def canvas_of(recipe: Recipe, lifted: Lifted, family: Family) -> Canvas:
+    """Size, noise and noise levels of the previews, as `sample` would have them."""
+    use, drawn = recipe.finetune.preview, recipe.sample
+    assert use is not None
+    patch = lifted.geometry.pixel_patch
+    for key, side in (("height", drawn.height), ("width", drawn.width)):
+        if side % patch:
+            raise BadRecipe(
+                f"sample.{key} {side}: this model's patches are {patch} pixels wide, so sizes are "
+                f"multiples of {patch}"
+            )
+    settings = SampleSettings(
+        solver=drawn.solver,
+        steps=use.steps,
+        guidance=use.guidance,
+        orthogonal=drawn.orthogonal,
+        clamp=drawn.clamp,
+        shift=drawn.shift,
+    )
+    num_tokens = drawn.height * drawn.width // patch**2
+    scheduler = DiffusersFolder(lifted.folder).config("scheduler")
+    sigmas = noise_levels(
+        settings,
+        height=drawn.height,
+        width=drawn.width,
+        s=lifted.s,
+        base_shift=family.base_shift(scheduler, num_tokens),
+    )
+    return Canvas(drawn.height, drawn.width, drawn.seed, settings, sigmas)
+
+
 class Previews:
-    """What is needed to make the same pictures again and again."""
+    """Makes the same pictures again and again, and keeps the rows that never change."""
 
     def __init__(
         self,
@@ -49,26 +89,17 @@ class Previews:
         family: Family,
         ranks: Ranks,
         device: torch.device,
-        texts: list[dict[str, Tensor]],
-        null_text: dict[str, Tensor],
-        prompts: list[str],
+        encoders: Encoders,
     ) -> None:
-        use = recipe.finetune.preview
-        assert use is not None
-        self.every, self.prompts = use.every, prompts
+        assert recipe.finetune.preview is not None
+        self.every = recipe.finetune.preview.every
+        self.prompts = read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
         self.lifted, self.family, self.ranks, self.device = lifted, family, ranks, device
-        self.texts, self.null_text = texts, null_text
-        self.height, self.width = recipe.sample.height, recipe.sample.width
-        self.batch, self.seed = recipe.sample.batch, recipe.sample.seed
+        self.canvas, self.batch = canvas_of(recipe, lifted, family), recipe.sample.batch
+        self.texts, self.null_text = encoders.for_all(self.prompts), encoders.null_text
         self.folder = recipe.run_folder / "samples"
-        self.settings = SampleSettings(
-            solver=recipe.sample.solver,
-            steps=use.steps,
-            guidance=use.guidance,
-            orthogonal=recipe.sample.orthogonal,
-            clamp=recipe.sample.clamp,
-            shift=recipe.sample.shift,
-        )
+        if ranks.first and self.read_row(BASE) is None:
+            self.draw_base(recipe, encoders)
 
     @classmethod
     def begin(
@@ -78,105 +109,103 @@ class Previews:
         family: Family,
         ranks: Ranks,
         device: torch.device,
-        encoders: Any,
+        encoders: Encoders,
     ) -> Previews | None:
-        """Encode the prompts while the text encoder is loaded; None if no previews are wanted."""
-        use = recipe.finetune.preview
-        if use is None:
+        """Encode the prompts and draw the base while its parts are loaded; None if not wanted."""
+        if recipe.finetune.preview is None:
             return None
-        prompts = read_prompts(use.prompts, "finetune.preview.prompts")
-        patch = lifted.geometry.pixel_patch
-        for key in ("height", "width"):
-            if getattr(recipe.sample, key) % patch:
-                raise BadRecipe(
-                    f"sample.{key} {getattr(recipe.sample, key)}: no multiple of {patch}"
-                )
-        texts = encoders.captions(prompts)
-        return cls(recipe, lifted, family, ranks, device, texts, encoders.null_text, prompts)
+        return cls(recipe, lifted, family, ranks, device, encoders)
+
+    def draw_base(self, recipe: Recipe, encoders: Encoders) -> None:
+        """The row of the latent base, once, from the noise that the pixel model sees."""
+        try:
+            base = base_folder(recipe)
+        except Unavailable as missing:
+            warn(f"previews without the row of the base: {missing}")
+            return
+        full = recipe.finetune.precision == "float32"
+        precision = None if full else torch.bfloat16
+        net = load_transformer(base, self.family, dtype=torch.float32 if full else "stored")
+        flow = LatentFlow(net.to(self.device), self.family, self.lifted.geometry, precision)
+        vae = encoders.pipeline.vae
+        paint = latent_painter(flow, vae, self.lifted, self.canvas, self.device)
+        self.write_row(BASE, self.draw(paint, range(len(self.texts))))
 
     @torch.no_grad()
     def show(self, step: int, flow: PixelFlow) -> None:
         """Make this step's pictures. Every rank makes its share."""
         # Every rank makes as many, or the ranks would part ways inside ZeRO-3.
-        share = -(-len(self.texts) // self.ranks.world)
-        mine = [(self.ranks.rank + self.ranks.world * i) % len(self.texts) for i in range(share)]
+        world, count = self.ranks.world, len(self.texts)
+        mine = [(self.ranks.rank + world * i) % count for i in range(-(-count // world))]
         with evaluating(flow):
-            images = torch.cat([self.make(flow, chunk) for chunk in batches(mine, self.batch)])
+            images = self.draw(pixel_painter(flow, self.lifted, self.canvas), mine)
         together = [images]
-        if self.ranks.world > 1:
-            together = [torch.empty_like(images) for _ in range(self.ranks.world)]
+        if world > 1:
+            together = [torch.empty_like(images) for _ in range(world)]
             td.all_gather(together, images)
         if self.ranks.first:
-            ordered = torch.stack(together, dim=1).flatten(0, 1)[: len(self.texts)].cpu()
-            self.write(step, ordered)
+            self.write(step, torch.stack(together, dim=1).flatten(0, 1)[:count])
 
-    def make(self, flow: PixelFlow, indices: list[int]) -> Tensor:
-        patch = self.lifted.geometry.pixel_patch
-        grid = (self.height // patch, self.width // patch)
-        sigmas = noise_levels(
-            self.settings, height=self.height, width=self.width, s=self.lifted.s, base_shift=1.0
-        )
-        image = sample_pixels(
-            flow,
-            pixel_noise(self.seed, indices, self.height, self.width, patch).to(self.device),
-            self.text([self.texts[i] for i in indices]),
-            self.text([self.null_text] * len(indices)),
-            sigmas,
-            self.settings,
-            self.lifted.color,
-            grid,
-        )
-        return float_to_image(image)
+    def draw(self, paint: Painter, indices: Sequence[int]) -> Tensor:
+        """(n, 3, H, W) uint8 of these prompts."""
+        drawn = []
+        for start in range(0, len(indices), self.batch):
+            chunk = indices[start : start + self.batch]
+            text = self.text([self.texts[i] for i in chunk])
+            null_text = self.text([self.null_text] * len(chunk))
+            drawn.append(float_to_image(paint(chunk, text, null_text, None)))
+        return torch.cat(drawn)
 
     def text(self, samples: list[dict[str, Tensor]]) -> Text:
-        collated = self.family.collate(samples)
         return {
             name: value.to(self.device)
             if isinstance(value, Tensor)
             else [item.to(self.device) for item in value]
-            for name, value in collated.items()
+            for name, value in self.family.collate(samples).items()
         }
 
-    def write(self, step: int, images: Tensor) -> None:
-        """PNG files, a grid with the row as lifted above, and an index."""
-        if step == 0:
-            self.write_row(self.folder / LIFTED, images)
-        folder = self.folder / f"step-{step:06d}"
-        self.write_row(folder, images)
-        rows = [(f"step {step}", image_to_float(images))]
-        before = self.read_row(self.folder / LIFTED)
-        if before is not None and step > 0:
-            rows.insert(0, ("lifted", image_to_float(before)))
-        scale = max(1, 128 // min(self.height, self.width))
-        write_bytes_atomically(folder / "grid.png", grid_png(rows, scale))
+    # ---- on disk -------------------------------------------------------------------------------
 
-    def write_row(self, folder: Path, images: Tensor) -> None:
+    def write(self, step: int, images: Tensor) -> None:
+        """PNG files, an index, and a grid with the two constant rows above."""
+        if step == 0:
+            self.write_row(LIFTED, images)
+        name = f"step-{step:06d}"
+        self.write_row(name, images)
+        rows = {"latent base": self.read_row(BASE), "lifted": self.read_row(LIFTED)}
+        shown = [(label, row) for label, row in rows.items() if row is not None]
+        if step > 0:
+            shown.append((f"step {step}", images.cpu()))
+        scale = max(1, SMALLEST_SIDE // min(self.canvas.height, self.canvas.width))
+        grid = grid_png([(label, image_to_float(row)) for label, row in shown], scale)
+        write_bytes_atomically(self.folder / name / "grid.png", grid)
+
+    def write_row(self, name: str, images: Tensor) -> None:
+        folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
+        for number, image in enumerate(images.cpu()):
             write_bytes_atomically(folder / f"{number:04d}.png", encode_png(image))
         write_bytes_atomically(folder / "index.json", canonical_json(self.facts()))
 
-    def read_row(self, folder: Path) -> Tensor | None:
+    def read_row(self, name: str) -> Tensor | None:
         """A row made earlier with the same prompts and settings."""
+        folder = self.folder / name
         index = folder / "index.json"
-        if not index.exists() or json.loads(index.read_bytes()) != self.facts():
+        if not index.exists() or index.read_bytes() != canonical_json(self.facts()):
             return None
         paths = [folder / f"{number:04d}.png" for number in range(len(self.texts))]
+        if not all(path.is_file() for path in paths):
+            return None
         return torch.stack([decode_image(path.read_bytes()) for path in paths])
 
     def facts(self) -> dict[str, Any]:
         return {
             "prompts": self.prompts,
-            "seed": self.seed,
-            "size": [self.height, self.width],
-            "settings": vars(self.settings),
+            "seed": self.canvas.seed,
+            "size": [self.canvas.height, self.canvas.width],
+            "settings": asdict(self.canvas.settings),
             "lifted": digest_json(self.lifted.facts),
         }
-
-
-def batches(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 @contextmanager

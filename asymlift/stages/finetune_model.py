@@ -1,0 +1,94 @@
+"""What a finetune trains: the lifted model, its reference and its losses."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from asymlift.artifacts.lifted_folder import Lifted
+from asymlift.data.order import derive
+from asymlift.families.base import Family
+from asymlift.model.loading import load_transformer
+from asymlift.model.perceptual import Perceptual, load_lpips
+from asymlift.model.pixel_flow import PixelFlow
+from asymlift.model.trainable import Adapters, Trainable, train_everything, train_parts
+from asymlift.model.training_step import LossConstants, TrainingStep
+from asymlift.recipe import FinetuneSection
+
+
+def adapters_of(settings: FinetuneSection, family: Family) -> Adapters | None:
+    if settings.train == "full" or settings.train.lora is None:
+        return None
+    lora = settings.train.lora
+    targets = family.lora_targets if lora.targets == "family" else tuple(lora.targets)
+    return Adapters(lora.rank, lora.alpha, lora.dropout, targets)
+
+
+def build_step(
+    settings: FinetuneSection,
+    lifted: Lifted,
+    family: Family,
+    precision: torch.dtype | None,
+    device: torch.device,
+) -> tuple[TrainingStep, Trainable]:
+    """The lifted model, made trainable, with its reference and its losses."""
+
+    def load() -> PixelFlow:
+        net = load_transformer(
+            lifted.folder, family, dtype="stored" if precision else torch.float32
+        )
+        return PixelFlow(net, family, lifted.geometry, lifted.A, lifted.s, precision)
+
+    reduces = settings.loss.kind == "variance_reduced"
+    student = load()
+    if settings.train == "full":
+        trainable = train_everything(student.net)
+    else:
+        trainable = train_parts(
+            student.net,
+            family,
+            adapters=adapters_of(settings, family),
+            modules=settings.train.modules,
+            keep_originals=reduces,
+            seed=derive(settings.seed, "lora"),
+        )
+    reference = None
+    if settings.loss.reference == "copy":
+        reference = load().requires_grad_(False).eval()
+    if settings.gradient_checkpointing:
+        net: Any = student.net
+        net.enable_gradient_checkpointing()
+    step = TrainingStep(
+        student,
+        reference,
+        loss_constants(settings, reduces),
+        to_picture=lifted.color.decode,
+        perceptual=load_perceptual(settings, device),
+    )
+    return step.to(device), trainable
+
+
+def loss_constants(settings: FinetuneSection, reduces_variance: bool) -> LossConstants:
+    loss = settings.loss
+    return LossConstants(
+        shift=loss.shift,
+        weight=loss.weight,
+        sigma_clamp=loss.sigma_clamp,
+        control_floor=loss.control_floor,
+        student_floor=loss.student_floor,
+        reference_floor=loss.reference_floor,
+        perceptual_weight=loss.perceptual.weight if loss.perceptual else 0.0,
+        reduces_variance=reduces_variance,
+    )
+
+
+def load_perceptual(settings: FinetuneSection, device: torch.device) -> Perceptual | None:
+    use = settings.loss.perceptual
+    if use is None:
+        return None
+    if use.net == "embedded":
+        from asymlift.embedded import PERCEPTUAL_NET
+        from asymlift.embedded.nets import FeatureNet, perceptual_map
+
+        return partial(perceptual_map, FeatureNet.load(PERCEPTUAL_NET).to(device))
+    return load_lpips(use.net, use.weights, seed=derive(settings.seed, "lpips")).to(device)

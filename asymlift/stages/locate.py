@@ -1,0 +1,58 @@
+"""Where a recipe's parts are on this machine."""
+
+from pathlib import Path
+
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.errors import BadRecipe, Unavailable
+from asymlift.families import find_family
+from asymlift.families.base import Family, Geometry
+from asymlift.recipe import Recipe
+
+EMBEDDED = "embedded:"
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """The base model on this machine: a folder, or one that came with the package."""
+    name = recipe.model.base
+    if name.startswith(EMBEDDED):
+        from asymlift.embedded import MODELS
+
+        inside = name.removeprefix(EMBEDDED)
+        if inside not in MODELS:
+            known = ", ".join(MODELS)
+            raise BadRecipe(f"model.base: no embedded model {inside!r}; there are {known}")
+        return MODELS[inside]
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise Unavailable(
+            f"model.base: {name}: no such folder. Nothing is downloaded unasked: fetch it first, "
+            f"with `hf download {name} --local-dir FOLDER`, and name the folder"
+        )
+    return path
+
+
+def family_of(recipe: Recipe, base: Path) -> tuple[Family, Geometry]:
+    """What the base is, by its own configs or by the recipe."""
+    folder = DiffusersFolder(base)
+    config = folder.config("transformer")
+    family = find_family(recipe.model.family, folder.model_index, config)
+    return family, family.geometry(config, folder.config("vae"))
+
+
+def basis_path(recipe: Recipe) -> Path:
+    return recipe.run_folder / "basis.safetensors"
+
+
+def lifted_path(recipe: Recipe) -> Path:
+    return recipe.run_folder / "lifted"
+
+
+def checkpoints_path(recipe: Recipe) -> Path:
+    return recipe.run_folder / "checkpoints"
+
+
+def needed(path: Path, command: str) -> Path:
+    """A path that an earlier command makes."""
+    if not path.exists():
+        raise Unavailable(f"{path}: not there yet; run `asymlift {command}` on this recipe first")
+    return path
