@@ -11,6 +11,7 @@ Shapes: B batch, N tokens of a picture, d the latent token's width, S the side i
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -46,10 +47,11 @@ VAE_CHANNELS = (16, 32, 64)  # three levels: one latent pixel for 4 x 4 pixels
 LATENT_CHANNELS = 4
 PATCH = 8  # pixels per token side: 4 of the VAE, 2 of the packing
 HEADS, HEAD_DIM = 4, 32
+VAE_ATTEMPTS, WANTED_R2 = 6, 0.65
 EMPTY_SHARE = 0.1  # captions dropped, so that guidance has an unconditional model
 
 # Seeds of scenes that no two purposes share.
-TRAIN, HELD_OUT, REFERENCE = 0, 99, 555
+TRAIN, SELECTION, HELD_OUT, REFERENCE = 0, 98, 99, 555
 CORPUS = range(0, 16384, 2048)  # first indices of the pieces the transformer's scenes come in
 
 
@@ -122,7 +124,7 @@ def build(out: Path, variant: Variant, *, seed: int, scale: float) -> None:
         nets[name] = FeatureNet.load(path)
 
     path = folder / "vae"
-    make("vae", path, lambda: save_small(train_vae(steps(variant.vae_steps), seed=seed), path))
+    make("vae", path, lambda: save_small(aligned_vae(steps(variant.vae_steps), seed=seed), path))
     vae = AutoencoderKLFlux2.from_pretrained(path).eval().requires_grad_(False)
 
     tokenizer = make_tokenizer()
@@ -190,6 +192,25 @@ def train_feature_net(plan: FeaturePlan, steps: int, *, batch: int = 48) -> Feat
 
 
 # --- VAE ------------------------------------------------------------------------------------------
+
+
+def aligned_vae(steps: int, *, seed: int) -> AutoencoderKLFlux2:
+    """Train VAEs from different seeds until one aligns with a linear basis; return the best.
+
+    How well it does is luck at this size: the same recipe gave an R2 of 0.38 and of 0.70.
+    """
+    fit = make_scenes(range(1024), seed=TRAIN, size=IMAGE_SIZE).image
+    unseen = make_scenes(range(512), seed=SELECTION, size=IMAGE_SIZE).image
+    best, best_r2 = None, -math.inf
+    for attempt in range(VAE_ATTEMPTS):
+        vae = train_vae(steps, seed=seed + 1000 * attempt)
+        r2 = alignment(vae, fit, unseen)["r2"]
+        print(f"vae: attempt {attempt + 1}, R2 {r2:.3f} (wanted: {WANTED_R2})", flush=True)
+        if r2 > best_r2:
+            best, best_r2 = vae, r2
+        if r2 > WANTED_R2:
+            break
+    return best
 
 
 def train_vae(steps: int, *, seed: int, batch: int = 16) -> AutoencoderKLFlux2:
