@@ -19,7 +19,6 @@ from asymlift.artifacts.safetensors_stream import (
     SafetensorsWriter,
     TensorInfo,
     layout,
-    read_bytes,
     read_tensor,
 )
 from asymlift.errors import BadData
@@ -71,7 +70,7 @@ class LiftedWeights:
                     if name in self.changed:
                         writer.write(name, self._lifted(name, read_tensor(path, name, header)))
                     else:
-                        writer.write(name, read_bytes(path, header.tensors[name]))
+                        writer.copy(name, path, header.tensors[name])
             return writer.sha256
 
         return write

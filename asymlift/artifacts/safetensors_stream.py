@@ -3,11 +3,12 @@
 The bytes are those of the safetensors package: its order of tensors, its header, its padding.
 """
 
-import hashlib
+import errno
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from asymlift.artifacts.files import CHUNK, fsync_folder, writing
+from asymlift.artifacts.files import CHUNK, fsync_folder, sha256_file, writing
 from asymlift.errors import BadData
 
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -185,10 +186,10 @@ def layout(
 
 
 class SafetensorsWriter:
-    """Write one file tensor by tensor, in any order; the order of `tensors` is fastest.
+    """Write one file tensor by tensor, in any order.
 
     The file gets its name only when all its bytes are on disk; after an exception nothing is
-    left. `sha256` is known after the `with` block.
+    left. `sha256`, of the bytes as they are read back, is known after the `with` block.
     """
 
     def __init__(
@@ -202,8 +203,6 @@ class SafetensorsWriter:
         self._header, self.tensors = layout(infos, metadata)
         self._part = path.with_name(path.name + ".part")
         self._waiting = set(self.tensors)
-        self._hash: Any = hashlib.sha256()
-        self._hashed = 0  # bytes from the beginning of the file that the hash has seen
 
     def __enter__(self) -> Self:
         with writing(self.path):
@@ -213,8 +212,7 @@ class SafetensorsWriter:
 
     def write(self, name: str, data: Tensor | bytes | Iterable[bytes | memoryview]) -> None:
         """Write one tensor, whole."""
-        info = self.tensors[name]
-        self._waiting.remove(name)  # KeyError: written twice
+        info = self._begin(name)
         if isinstance(data, Tensor):
             assert TensorInfo.of(data) == TensorInfo(info.dtype, info.shape), name
             data = [tensor_bytes(data)]
@@ -223,19 +221,38 @@ class SafetensorsWriter:
         offset = info.start
         with writing(self.path):
             for piece in data:
-                self._put(offset, piece)
-                offset += len(piece)
+                offset += self._put(offset, piece)
         assert offset == info.start + info.num_bytes, f"{name}: {offset - info.start} bytes"
 
-    def _put(self, offset: int, data: bytes | memoryview) -> None:
-        if offset == self._hashed:
-            self._hash.update(data)
-            self._hashed += len(data)
+    def copy(self, name: str, path: Path, source: TensorInfo) -> None:
+        """Take the bytes of a tensor over from another file, inside the kernel where it can."""
+        info = self._begin(name)
+        assert (info.dtype, info.shape) == (source.dtype, source.shape), name
+        done = 0
+        with writing(self.path), path.open("rb", buffering=0) as file:
+            while done < info.num_bytes:
+                count = _copy_range(
+                    file.fileno(),
+                    self._file.fileno(),
+                    min(CHUNK, info.num_bytes - done),
+                    source.start + done,
+                    info.start + done,
+                )
+                if not count:
+                    raise BadData(f"{path}: ended while it was being read.")
+                done += count
+
+    def _begin(self, name: str) -> TensorInfo:
+        self._waiting.remove(name)  # KeyError: written twice
+        return self.tensors[name]
+
+    def _put(self, offset: int, data: bytes | memoryview) -> int:
         view = memoryview(data)
         while len(view):
             count = os.pwrite(self._file.fileno(), view, offset)
             offset += count
             view = view[count:]
+        return len(data)
 
     def __exit__(
         self,
@@ -255,20 +272,27 @@ class SafetensorsWriter:
     def _finish(self) -> None:
         assert not self._waiting, f"never written: {sorted(self._waiting)}"
         with writing(self.path):
-            os.fsync(self._file.fileno())
-            size = os.fstat(self._file.fileno()).st_size
-            self._file.close()
-            if self._hashed == size:
-                self.sha256 = self._hash.hexdigest()
-            else:  # the tensors came in another order
-                with self._part.open("rb") as file:
-                    self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            with ThreadPoolExecutor(1) as pool:  # hashing computes, syncing waits for the disk
+                digest = pool.submit(sha256_file, self._part)
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self.sha256 = digest.result()
             self._part.replace(self.path)
             fsync_folder(self.path.parent)
 
     def _discard(self) -> None:
         self._file.close()
         self._part.unlink(missing_ok=True)
+
+
+def _copy_range(source: int, target: int, count: int, start: int, to: int) -> int:
+    try:
+        return os.copy_file_range(source, target, count, start, to)
+    except (AttributeError, OSError) as error:  # not Linux; another, or a peculiar, file system
+        refusals = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+        if isinstance(error, OSError) and error.errno not in refusals:
+            raise
+        return os.pwrite(target, os.pread(source, count, start), to)
 
 
 def save_tensors(

@@ -58,9 +58,13 @@ def check_maps(
     A, q = A.double(), geometry.patch
     identity = torch.eye(geometry.d, dtype=torch.float64)  # only drops what a lift drops
 
+    places = [_places(folder) for folder in (base, lifted)]
+
     def both(name: str) -> tuple[Tensor, Tensor] | None:
-        old, new = (_find(folder, name) for folder in (base, lifted))
-        return None if old is None or new is None else (old.double(), new.double())
+        if name not in places[0]:
+            return None  # a map without bias
+        old, new = (read_tensor(place[name], name).double() for place in places)
+        return old, new
 
     first, last, outside = [], [], []
     for kind in ("weight", "bias"):
@@ -179,11 +183,9 @@ def _to(text: Text, device: torch.device) -> Text:
     }
 
 
-def _find(folder: DiffusersFolder, name: str) -> Tensor | None:
-    for path, header in folder.headers("transformer").items():
-        if name in header.tensors:
-            return read_tensor(path, name, header)
-    return None
+def _places(folder: DiffusersFolder) -> dict[str, Path]:
+    headers = folder.headers("transformer")
+    return {name: path for path, header in headers.items() for name in header.tensors}
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:

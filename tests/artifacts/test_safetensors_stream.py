@@ -1,5 +1,6 @@
 """Our safetensors files are those of the safetensors package, and damage is found."""
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 
 from asymlift.artifacts import safetensors_stream
+from asymlift.artifacts.files import sha256_file
 from asymlift.artifacts.safetensors_stream import (
     DTYPES,
     SafetensorsWriter,
@@ -81,6 +83,37 @@ def test_the_order_of_writing_and_of_metadata_changes_nothing(tmp_path):
 
     assert writer.sha256 == once
     assert (tmp_path / "once").read_bytes() == (tmp_path / "twice").read_bytes()
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, AttributeError])
+def test_tensors_are_copied_from_file_to_file(refusal, tmp_path, monkeypatch):
+    tensors = random_tensors(5)
+    save_tensors(tmp_path / "source", tensors)
+    header = read_header(tmp_path / "source")
+
+    def refused(*arguments):
+        raise OSError(refusal, "refused") if isinstance(refusal, int) else AttributeError
+
+    if refusal:
+        monkeypatch.setattr(safetensors_stream.os, "copy_file_range", refused)
+    monkeypatch.setattr(safetensors_stream, "CHUNK", 7)
+    with SafetensorsWriter(tmp_path / "copy", header.tensors, {"format": "pt"}) as writer:
+        for name, info in header.tensors.items():
+            writer.copy(name, tmp_path / "source", info)
+
+    safetensors.torch.save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert writer.sha256 == sha256_file(tmp_path / "copy")
+
+
+def test_a_file_that_shrinks_while_it_is_copied_leaves_no_copy(tmp_path):
+    save_tensors(tmp_path / "source", {"a": torch.zeros(100)})
+    info = read_header(tmp_path / "source").tensors["a"]
+    os.truncate(tmp_path / "source", info.start + 8)
+    ended = pytest.raises(BadData, match="source: ended while it was being read")
+    with ended, SafetensorsWriter(tmp_path / "copy", {"a": info}) as writer:
+        writer.copy("a", tmp_path / "source", info)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_after_an_exception_no_file_is_left(tmp_path):

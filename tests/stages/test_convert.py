@@ -319,8 +319,8 @@ def test_maps_that_read_back_wrong_leave_no_output(plan, monkeypatch):
     """As a faulty disk would: the values that come back are not those that were written."""
     real = self_check.read_tensor
 
-    def faulty(path, name, header):
-        value = real(path, name, header)
+    def faulty(path, name):
+        value = real(path, name)
         return value * 1.001 if value.shape == (D, INNER) else value
 
     monkeypatch.setattr(self_check, "read_tensor", faulty)
