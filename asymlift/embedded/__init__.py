@@ -5,7 +5,7 @@ DELIBERATELY WEAK: trained short, it loses textures and letters, so a pixel mode
 beats it clearly. That shows the machinery; it is no evidence about real VAEs. For an honest
 comparison use `tiny-good-vae`: same data, same sizes, a VAE trained for much longer.
 
-`python -m asymlift.embedded.build OUT_DIR` makes models of the same kind from a seed, not these very
+`python -m asymlift.embedded.build OUT_DIR` makes models of the same kind from a seed, not these
 files: the VAEs and feature nets here come from an earlier program with the same settings.
 """
 
