@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test check bench chaos clean
+
+setup: $(READY)
+
+# torch first and alone: a later package must not pull in another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/asymlift demo
+
+test: setup
+	$(BIN)/pytest -m "not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Long measurements; each writes its numbers to benchmarks/results/.
+bench: setup
+	$(BIN)/python benchmarks/fit_basis.py
+	$(BIN)/python benchmarks/convert_memory.py
+
+# Long figures of reliability.
+chaos: setup
+	$(BIN)/pytest -m slow
+	$(BIN)/python benchmarks/reliability/kill_convert.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,79 @@
+"""Run several finetunes in one process, as one rank: drive_finetune.py RECIPE JOBS.
+
+JOBS is JSON: a list of lists of `--set` overrides. Prints one JSON line per finished run. With
+SEND="RANK STEP SIGNAL" in the environment, that rank sends itself the signal in that step, after
+its gradients are made and before the update.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asymlift.errors import UserError
+from asymlift.recipe import load_recipe
+from asymlift.runtime import dist
+from asymlift.stages import finetune as stage
+
+# With DeepSpeed's defaults a small model stays whole on every rank, and ZeRO-3 proves nothing.
+NOTHING_STAYS = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def send_signals(ranks: dist.Ranks) -> None:
+    rank, step, number = os.environ["SEND"].split()
+    gradients = stage.Run.gradients
+
+    def then_signal(run: stage.Run, at: int, read: Any, num_good: int) -> dict[str, float]:
+        means = gradients(run, at, read, num_good)
+        if ranks.rank == int(rank) and at == int(step) and num_good:
+            os.kill(os.getpid(), getattr(signal, number))
+        return means
+
+    stage.Run.gradients = then_signal  # type: ignore[method-assign]
+
+
+def summary(report: stage.FinetuneReport) -> dict[str, Any]:
+    lines = (report.folder / "metrics.jsonl").read_text().splitlines()
+    digests = {
+        path.stem: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in report.checkpoint.glob("*.safetensors")
+    }
+    keys = ("step", "loss", "grad_norm", "control", "lr")
+    return {
+        "resumed_from": report.resumed_from,
+        "metrics": [{key: json.loads(line).get(key) for key in keys} for line in lines],
+        "digests": digests,
+    }
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    ranks = dist.discover()
+    if "SEND" in os.environ:
+        send_signals(ranks)
+    for overrides in json.loads(sys.argv[2]):
+        try:
+            report = stage.finetune(
+                load_recipe(Path(sys.argv[1]), overrides), ranks, zero3=NOTHING_STAYS
+            )
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(int(error.exit))
+        if ranks.first:
+            print("RESULT", json.dumps(summary(report)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

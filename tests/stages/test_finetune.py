@@ -1,0 +1,261 @@
+"""finetune with DeepSpeed for real: stages, ranks, kills, signals and what is refused.
+
+Processes take seconds to start, so each of them does several runs.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from asymlift.artifacts.checkpoint import open_checkpoint, steps_on_disk
+from asymlift.artifacts.safetensors_stream import load_tensors
+from asymlift.errors import BadData, BadRecipe, Exit
+from asymlift.recipe import load_recipe
+from asymlift.runtime.dist import Ranks
+from asymlift.stages.finetune import accumulation_for, finetune
+from asymlift.stages.inspection import inspect_path
+from asymlift.stages.verify import verify
+from tests.stages.small_run import LORA, another_run, build, drive
+
+ALONE = Ranks(0, 1, 0)
+# The norm that clipping divides by is summed in another order at every stage: 1e-7 apart.
+UNCLIPPED = [*LORA, "finetune.clip.norm=1000"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def alone(recipe):
+    """One process: every stage in full, LoRA, and runs that were cut and changed stage."""
+    jobs = {
+        f"full-{stage}": [another_run(recipe, f"full-{stage}"), f"finetune.zero.stage={stage}"]
+        for stage in range(4)
+    }
+    jobs |= {
+        f"lora-{stage}": [
+            another_run(recipe, f"lora-{stage}"),
+            f"finetune.zero.stage={stage}",
+            *UNCLIPPED,
+        ]
+        for stage in (0, 3)
+    }
+    for before, after in ((3, 1), (0, 3), (2, 0)):
+        name = f"cut-{before}-{after}"
+        run = [another_run(recipe, name), *UNCLIPPED]
+        jobs[f"{name}-start"] = [*run, f"finetune.zero.stage={before}", "finetune.steps=5"]
+        jobs[name] = [*run, f"finetune.zero.stage={after}"]
+    results, codes, said = drive(recipe, list(jobs.values()))
+    assert codes == [0], said[0]
+    return dict(zip(jobs, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pair(recipe):
+    """Two ranks: stages 1, 2, 3 in full, and LoRA at stages 2 and 3."""
+    jobs = {
+        f"full-{stage}": [another_run(recipe, f"pair-{stage}"), f"finetune.zero.stage={stage}"]
+        for stage in (1, 2, 3)
+    }
+    jobs |= {
+        f"lora-{stage}": [
+            another_run(recipe, f"pair-lora-{stage}"),
+            f"finetune.zero.stage={stage}",
+            *LORA,
+        ]
+        for stage in (2, 3)
+    }
+    results, codes, said = drive(recipe, list(jobs.values()), ranks=2)
+    assert codes == [0, 0], said
+    return dict(zip(jobs, results, strict=True))
+
+
+def losses(result):
+    return [line["loss"] for line in result["metrics"]]
+
+
+def test_every_zero_stage_trains_the_same_weights(alone):
+    for stage in (1, 2, 3):
+        assert losses(alone[f"full-{stage}"]) == losses(alone["full-0"])
+        assert alone[f"full-{stage}"]["digests"] == alone["full-0"]["digests"]
+    assert alone["lora-3"]["digests"] == alone["lora-0"]["digests"]
+    norms = [[line["grad_norm"] for line in alone[f"full-{s}"]["metrics"]] for s in range(4)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert norms[3] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_two_ranks_train_as_one(alone, pair):
+    for stage in (1, 2, 3):
+        assert losses(pair[f"full-{stage}"]) == pytest.approx(losses(alone["full-0"]), rel=1e-5)
+
+
+def test_two_ranks_at_different_stages_are_equal(pair):
+    assert pair["full-1"]["digests"] == pair["full-2"]["digests"] == pair["full-3"]["digests"]
+    assert losses(pair["lora-2"]) == pytest.approx(losses(pair["lora-3"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cut-3-1", "cut-0-3", "cut-2-0"])
+def test_a_run_goes_on_at_another_stage_bit_for_bit(alone, name):
+    assert alone[name]["resumed_from"] == 5
+    assert losses(alone[name]) == losses(alone["lora-0"])
+    assert alone[name]["digests"] == alone["lora-0"]["digests"]
+
+
+def test_training_lowers_the_loss_and_follows_the_schedule(alone):
+    metrics = alone["full-2"]["metrics"]
+
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    assert [line["lr"] for line in metrics][:3] == [5e-4, 1e-3, 1e-3]
+    assert all(0 < line["control"] < 1 for line in metrics)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_stopped_killed_and_resumed_it_ends_with_the_same_bytes(recipe, pair, stage):
+    """SIGTERM to one rank in step 2, kill -9 of another in step 6, then to the end."""
+    job = [another_run(recipe, f"hunted-{stage}"), f"finetune.zero.stage={stage}", *LORA]
+
+    _, codes, said = drive(recipe, [job], ranks=2, send="1 1 SIGTERM")
+    assert codes == [Exit.RESUMABLE] * 2, said
+    assert "after step" in said[0]
+    assert "saved; run the same command again" in said[0]
+    stopped_at = steps_on_disk(recipe.parent / f"hunted-{stage}" / "checkpoints")[0]
+    assert stopped_at in (2, 3)  # at once, or in the step that had begun
+
+    _, codes, _ = drive(recipe, [job], ranks=2, send="1 6 SIGKILL")
+    assert codes[1] == -9
+    assert codes[0] != 0
+
+    [result], codes, said = drive(recipe, [job], ranks=2)
+    assert codes == [0, 0], said
+    assert result["resumed_from"] == 6
+    assert losses(result) == losses(pair[f"lora-{stage}"])
+    assert result["digests"] == pair[f"lora-{stage}"]["digests"]
+
+
+def test_a_checkpoint_is_whole_named_and_portable(recipe, alone):
+    folder = recipe.parent / "lora-0" / "checkpoints" / "step-000008"
+    checkpoint = open_checkpoint(folder)
+    trained, ema = (load_tensors(folder / f"{part}.safetensors") for part in ("trainable", "ema"))
+
+    assert checkpoint.state["lora"] == {"rank": 4, "alpha": 8.0}
+    assert trained.keys() == ema.keys() == {name for name, *_ in checkpoint.state["parameters"]}
+    assert {"x_embedder.weight", "proj_out.weight", "norm_out.linear.weight"} <= trained.keys()
+    assert all(tensor.dtype.is_floating_point and tensor.numel() for tensor in trained.values())
+    assert not verify(folder).problems
+    assert inspect_path(folder).kind == "checkpoint"
+    assert steps_on_disk(folder.parent) == [8, 6]  # keep: 2
+
+
+def test_a_finished_run_says_so_and_changes_nothing(recipe, alone):
+    before = (recipe.parent / "full-2" / "metrics.jsonl").read_bytes()
+
+    report = finetune(load_recipe(recipe, ["name=full-2", "finetune.zero.stage=2"]), ALONE)
+
+    assert (report.step, report.resumed_from, report.last) == (8, 8, {})
+    assert (recipe.parent / "full-2" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("finetune.seed=1", "made with finetune.seed 0, the recipe says 1"),
+        ("finetune.train={lora: null}", "made with finetune.train"),
+    ],
+)
+def test_what_cannot_change_in_a_run_is_refused(recipe, alone, override, said):
+    overrides = ["name=full-0", "finetune.steps=9", "finetune.zero.stage=0", override]
+    if "train" in override:
+        overrides.append("finetune.loss.reference=shared")
+
+    with pytest.raises(BadData, match=said):
+        finetune(load_recipe(recipe, overrides), ALONE)
+
+
+def test_other_data_is_refused(recipe, alone):
+    one_shard = f"data.train={recipe.parent}/shards/000000.tar"
+
+    with pytest.raises(BadData, match="made with another training data"):
+        finetune(load_recipe(recipe, ["name=full-0", "finetune.steps=9", one_shard]), ALONE)
+
+
+def test_what_may_change_is_said(recipe, alone, capfd):
+    name = another_run(recipe, "changed")
+    shutil.copytree(recipe.parent / "full-0" / "checkpoints", recipe.parent / "changed/checkpoints")
+    overrides = [name, "finetune.steps=9", "finetune.optimizer.lr=5e-4", "finetune.zero.stage=1"]
+
+    report = finetune(load_recipe(recipe, overrides), ALONE)
+
+    assert (report.resumed_from, report.last["lr"]) == (8, 5e-4)
+    assert "changed since the checkpoint: optimizer" in capfd.readouterr().err
+
+
+def test_a_damaged_newest_checkpoint_is_left_out_loudly(recipe, alone, capfd):
+    name = another_run(recipe, "damaged")
+    shutil.copytree(recipe.parent / "full-0" / "checkpoints", recipe.parent / "damaged/checkpoints")
+    newest = recipe.parent / "damaged/checkpoints/step-000008/trainable.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+
+    report = finetune(load_recipe(recipe, [name, "finetune.zero.stage=0"]), ALONE)
+
+    assert report.resumed_from == 6
+    said = capfd.readouterr().err
+    assert "left out, it is damaged" in said
+    assert "trainable.safetensors" in said
+    whole = recipe.parent / "full-0/checkpoints/step-000008/trainable.safetensors"
+    assert newest.read_bytes() == whole.read_bytes()  # the step was taken again
+
+
+def test_too_many_bad_samples_end_the_run_with_their_names(recipe, tmp_path):
+    name = another_run(recipe, "bad-data")
+    shards = tmp_path / "shards"
+    shutil.copytree(recipe.parent / "shards", shards)
+    tar = shards / "000000.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data.replace(b"IDAT", b"IDAX"))  # every picture of the shard
+    overrides = [name, f"data.train={shards}/{{000000..000001}}.tar", "data.max_bad_fraction=0.003"]
+
+    with pytest.raises(BadData, match=r"samples are bad, more than data\.max_bad_fraction 0\.003"):
+        finetune(load_recipe(recipe, overrides), ALONE)
+
+    [log] = (recipe.parent / "bad-data" / "logs").glob("skipped-*.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all("000000.tar!" in line["sample"] for line in lines)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(recipe):
+    settings = load_recipe(recipe).finetune
+    assert accumulation_for(settings, Ranks(0, 2, 0)) == 1
+
+    with pytest.raises(BadRecipe, match="not a multiple of micro_batch 4 x 3 ranks"):
+        accumulation_for(settings, Ranks(0, 3, 0))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(recipe):
+    preview = "finetune.preview={every: 2, prompts: [a red disc], steps: 2, guidance: 1.0}"
+    overrides = [another_run(recipe, "odd"), preview, "sample.height=30"]
+
+    with pytest.raises(BadRecipe, match=r"sample\.height 30: .* multiples of 8"):
+        finetune(load_recipe(recipe, overrides), ALONE)
+
+
+def test_previews_show_base_lifted_and_now(recipe):
+    preview = "finetune.preview={every: 2, prompts: [a red disc, a teal cross], steps: 4}"
+    overrides = [another_run(recipe, "shown"), preview, "finetune.steps=2", *LORA]
+
+    finetune(load_recipe(recipe, overrides), ALONE)
+
+    samples = recipe.parent / "shown" / "samples"
+    names = {path.relative_to(samples).as_posix() for path in samples.rglob("*.png")}
+    rows = ("base", "lifted", "step-000000", "step-000002")
+    expected = {f"{row}/{number:04d}.png" for row in rows for number in range(2)}
+    assert names == expected | {"step-000000/grid.png", "step-000002/grid.png"}
+    assert (samples / "lifted/0000.png").read_bytes() == (
+        samples / "step-000000/0000.png"
+    ).read_bytes()
+    assert (recipe.parent / "shown" / "finetune-report.html").stat().st_size > 10_000
