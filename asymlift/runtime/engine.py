@@ -6,6 +6,7 @@ never used.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ def import_deepspeed() -> Any:
     # Its shared-memory operator is compiled at the first start; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    for handler in deepspeed.utils.logger.handlers:
+        handler.setStream(sys.__stderr__)  # stdout is for the document of `--json`
     return deepspeed
 
 
@@ -89,6 +92,7 @@ class Engine:
             "gradient_accumulation_steps": use.accumulation,
             "zero_optimization": {"stage": use.zero_stage, **use.zero3},
             "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # ours is set at every update; theirs is 1 at stage 0
             "steps_per_print": None,
         }
         if use.autocast is not None:
