@@ -1,0 +1,221 @@
+"""The command line: help, exit codes, dry runs, JSON, and messages without tracebacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from asymlift import __version__
+from asymlift.cli import app
+from asymlift.errors import Exit
+from tests.stages.small_run import build, recipe_values
+
+COMMANDS = ["fit-basis", "convert", "finetune", "sample", "demo", "inspect", "verify", "doctor"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def fresh_recipe(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_values(tmp_path)))
+    return path
+
+
+def test_help_lists_every_command_and_loads_no_torch():
+    script = "import sys\nimport asymlift.cli\nprint('torch' in sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    help_text = run("--help").output
+
+    assert loaded.stdout.strip() == "False"
+    assert all(command in help_text for command in COMMANDS)
+    assert run("--version").output.strip() == f"asymlift {__version__}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    assert run(command, "--help").exit_code == Exit.DONE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["fit-basis", "missing.yaml"], Exit.BAD_RECIPE, "missing.yaml: no such recipe"),
+        (["finetun"], Exit.USAGE, "No such command"),
+        (["convert"], Exit.USAGE, "Missing argument"),
+        (["inspect", "nowhere"], Exit.BAD_DATA, "nowhere: there is no such file or folder"),
+        (["verify", "nowhere"], Exit.BAD_DATA, "nowhere: there is no such file or folder"),
+    ],
+)
+def test_wrong_use_ends_in_a_message_and_a_code(arguments, code, said):
+    result = run(*arguments)
+
+    assert result.exit_code == code
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_steps_out_of_order_are_refused_with_the_step_that_is_missing(fresh_recipe):
+    for command, missing in (
+        ("convert", "asymlift fit-basis"),
+        ("finetune", "asymlift convert"),
+        ("sample", "asymlift convert"),
+    ):
+        extra = ["--prompt", "a red disc", "--weights", "lifted"] if command == "sample" else []
+        result = run(command, fresh_recipe, *extra)
+        assert result.exit_code == Exit.UNAVAILABLE, result.output
+        assert f"run `{missing}` on this recipe first" in result.output
+
+
+def test_a_base_that_is_not_there_is_not_downloaded(fresh_recipe):
+    result = run("fit-basis", fresh_recipe, "--set", "model.base=org/model")
+
+    assert result.exit_code == Exit.UNAVAILABLE
+    assert "Nothing is downloaded unasked" in result.output
+    assert "hf download org/model" in result.output
+
+
+def test_an_embedded_model_that_does_not_exist_names_those_that_do(fresh_recipe):
+    result = run("fit-basis", fresh_recipe, "--set", "model.base=embedded:huge")
+
+    assert result.exit_code == Exit.BAD_RECIPE
+    assert "there are tiny, tiny-good-vae" in result.output
+
+
+def test_missing_shards_are_named(fresh_recipe):
+    result = run("fit-basis", fresh_recipe)
+
+    assert result.exit_code == Exit.BAD_DATA
+    assert "000000.tar: there is no such shard" in result.output
+
+
+@pytest.mark.parametrize("command", ["fit-basis", "convert", "finetune"])
+def test_a_dry_run_prints_the_whole_recipe_and_writes_nothing(recipe, command):
+    before = sorted(recipe.parent.rglob("*"))
+
+    result = run(command, recipe, "--dry-run", "--json", "--set", "finetune.steps=3")
+
+    document = json.loads(result.stdout)
+    assert document["recipe"]["finetune"]["steps"] == 3
+    assert document["recipe"]["finetune"]["optimizer"]["eps"] == 1e-8  # a default, resolved
+    assert document["checks"]
+    assert sorted(recipe.parent.rglob("*")) == before
+    assert "finetune:" in run(command, recipe, "--dry-run").output
+
+
+def test_a_dry_run_of_sample_checks_the_size(recipe):
+    wanted = ["--prompt", "a red disc", "--weights", "lifted", "--dry-run"]
+
+    assert run("sample", recipe, *wanted, "--json").exit_code == Exit.DONE
+    result = run("sample", recipe, *wanted, "--set", "sample.height=30")
+    assert result.exit_code == Exit.BAD_RECIPE
+    assert "the nearest is 32" in result.output
+
+
+def test_errors_are_json_too(fresh_recipe):
+    result = run("convert", fresh_recipe, "--json")
+
+    document = json.loads(result.stdout)
+    assert document["exit"] == Exit.UNAVAILABLE
+    assert "run `asymlift fit-basis`" in document["error"]
+
+
+def test_running_a_finished_stage_again_says_so(recipe):
+    for command in ("fit-basis", "convert"):
+        result = run(command, recipe)
+        assert result.exit_code == Exit.DONE, result.output
+        assert "already there" in result.output
+        assert "next: asymlift" in result.output
+
+
+def test_samples_are_drawn_described_and_verified(recipe, tmp_path):
+    out = tmp_path / "pictures"
+    arguments = ["sample", recipe, "--prompt", "a red striped disc on blue with letter A"]
+    arguments += ["--weights", "lifted", "--weights", "base", "--out", out]
+
+    result = run(*arguments, "--json")
+
+    document = json.loads(result.stdout)
+    assert document["num_drawn"] == 2
+    assert (out / "grid.png").is_file()
+    assert "all there already" in run(*arguments).output
+
+
+def test_sample_needs_prompts_and_known_weights(recipe):
+    assert "no prompts: give --prompt" in run("sample", recipe).output
+    result = run("sample", recipe, "--prompt", "x", "--weights", "best")
+    assert result.exit_code == Exit.BAD_RECIPE
+    assert "choose from base, lifted, ema, raw" in result.output
+    result = run("sample", recipe, "--prompt", "x", "--prompts", "none.txt")
+    assert "none.txt is no file" in result.output
+    result = run("sample", recipe, "--prompt", "x")
+    assert result.exit_code == Exit.UNAVAILABLE
+    assert "no checkpoint; run `asymlift finetune` first" in result.output
+    result = run("sample", recipe, "--prompt", "x", "--step", "7")
+    assert "step-000007: not there yet" in result.output
+
+
+def test_inspect_and_verify_know_what_was_made(recipe):
+    folder = recipe.parent / "run"
+    for path, kind in (
+        (recipe, "recipe"),
+        (folder / "basis.safetensors", "basis"),
+        (folder / "lifted", "lifted"),
+        (recipe.parent / "shards/000000.tar", "shard"),
+    ):
+        assert json.loads(run("inspect", path, "--json").stdout)["kind"].startswith(kind)
+        assert run("inspect", path).exit_code == Exit.DONE
+    assert run("verify", folder / "lifted").exit_code == Exit.DONE
+    assert "whole" in run("verify", folder / "basis.safetensors").output
+
+
+def test_verify_fails_on_one_flipped_bit(recipe, tmp_path):
+    damaged = tmp_path / "basis.safetensors"
+    data = bytearray((recipe.parent / "run" / "basis.safetensors").read_bytes())
+    data[-5] ^= 4
+    damaged.write_bytes(bytes(data))
+
+    result = run("verify", damaged)
+
+    assert result.exit_code == Exit.BAD_DATA
+    assert "problem:" in result.output
+
+
+def test_doctor_answers_in_both_forms():
+    result = run("doctor", "--json")
+
+    assert result.exit_code in (Exit.DONE, Exit.UNAVAILABLE)
+    assert "torch" in result.stdout
+
+
+def test_what_is_not_our_fault_keeps_its_traceback():
+    """A mistake of our own must be seen; only what a user can fix is a short message."""
+    script = (
+        "import asymlift.cli as cli\n"
+        "def broken(*a, **k): raise RuntimeError('ours')\n"
+        "cli.load_recipe = broken\n"
+        "cli.main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, "fit-basis", "x.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert result.returncode == Exit.UNEXPECTED
+    assert "RuntimeError" in result.stderr

@@ -1,0 +1,40 @@
+"""Every recipe in recipes/ is one, and says in its first lines what it is."""
+
+from pathlib import Path
+
+import pytest
+
+from asymlift.families import FAMILIES
+from asymlift.recipe import load_recipe
+from asymlift.stages.demo import recipe_file
+from asymlift.stages.locate import base_folder, family_of
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses_and_begins_with_what_it_is(path):
+    recipe = load_recipe(path)
+
+    assert path.read_text().startswith("# ")
+    assert recipe.finetune.batch % recipe.finetune.micro_batch == 0
+    if recipe.model.base.startswith("embedded:"):
+        family, geometry = family_of(recipe, base_folder(recipe))
+        assert family is FAMILIES["flux2"]
+        assert recipe.sample.height % geometry.pixel_patch == 0
+
+
+def test_the_published_constants_are_the_defaults():
+    """The big recipe writes out what the sections say when they are left out."""
+    written = load_recipe(recipe_file("flux2-klein.yaml")).finetune
+    bare = load_recipe(
+        recipe_file("flux2-klein.yaml"),
+        [f"finetune.{key}={{}}" for key in ("time", "optimizer", "ema", "clip", "schedule")],
+    ).finetune
+
+    for section in ("time", "optimizer", "ema", "clip", "schedule"):
+        assert getattr(written, section) == getattr(bare, section)
+
+
+def test_the_demo_finds_its_recipe():
+    assert recipe_file("tiny.yaml").name == "tiny.yaml"
