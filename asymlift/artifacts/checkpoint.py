@@ -54,7 +54,7 @@ def steps_on_disk(checkpoints: Path) -> list[int]:
     """The steps of all committed checkpoints, newest first; they are not verified here."""
     if not checkpoints.is_dir():
         return []
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.iterdir())
+    found = (re.fullmatch(r"step-(\d{6,})", path.name) for path in checkpoints.iterdir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
@@ -76,6 +76,9 @@ def committing(checkpoints: Path, step: int, state: dict[str, Any]) -> Iterator[
                 discard(target)
             staged.rename(target)
             fsync_folder(checkpoints)
+            for newer in steps_on_disk(checkpoints):
+                if newer > step:  # damaged too; `prune` would keep it in place of this one
+                    discard(step_folder(checkpoints, newer))
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -110,21 +113,40 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     problems = check_manifest(folder)
     if problems:
         raise BadData(f"{folder}: " + "; ".join(problems[:3]))
-    if read_manifest(folder).kind != KIND:
-        raise BadData(f"{folder}: a {read_manifest(folder).kind}, not a checkpoint")
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The state of a folder that is whole."""
+    kind = read_manifest(folder).kind
+    if kind != KIND:
+        raise BadData(f"{folder}: a {kind}, not a checkpoint; move it away")
     state = json.loads((folder / STATE).read_bytes())
     if state["format"] != FORMAT:
-        raise BadData(f"{folder}: format {state['format']}; this asymlift reads {FORMAT}")
+        raise BadData(
+            f"{folder}: format {state['format']}; this asymlift reads {FORMAT}: "
+            "go on with the version that wrote it"
+        )
     return Checkpoint(folder, state["step"], state)
 
 
 def newest_whole(checkpoints: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; every newer one that does not is named."""
-    for step in steps_on_disk(checkpoints):
-        try:
-            return open_checkpoint(step_folder(checkpoints, step))
-        except BadData as error:
-            warn(f"checkpoint left out, it is damaged: {error}")
+    """The newest checkpoint that verifies; every newer one that does not is named.
+
+    None only where there are no checkpoints: damage must not make a run begin anew.
+    """
+    steps = steps_on_disk(checkpoints)
+    for step in steps:
+        folder = step_folder(checkpoints, step)
+        problems = check_manifest(folder)
+        if not problems:
+            return read_checkpoint(folder)
+        warn(f"checkpoint left out, it is damaged: {folder}: " + "; ".join(problems[:3]))
+    if steps:
+        raise BadData(
+            f"{checkpoints}: all checkpoints in it are damaged; bring back a copy of one, "
+            "or move them away to begin anew"
+        )
     return None
 
 
