@@ -65,7 +65,7 @@ def train_parts(
 ) -> Trainable:
     """Freeze `net` but for adapters and the named modules."""
     net.requires_grad_(False).eval()
-    whole = {path: role for role in modules for path in paths_of(role, family, net)}
+    whole = whole_modules(modules, family, net)
     adapted = add_adapters(net, adapters, whole, seed) if adapters else []
     for path in whole:
         module = net.get_submodule(path).float().requires_grad_(True)
@@ -85,19 +85,33 @@ def role_of(name: str, whole: dict[str, str]) -> str:
     return whole[max(owners, key=len)] if owners else "lora"
 
 
-def paths_of(role: str, family: Family, net: nn.Module) -> list[str]:
-    """Module paths that a word of `train.modules` stands for."""
+def whole_modules(modules: list[str], family: Family, net: nn.Module) -> dict[str, str]:
+    """Path -> role of every module that trains in full; none may lie inside another."""
+    whole: dict[str, str] = {}
+    for role in modules:
+        path = path_of(role, family, net)
+        for other in whole:
+            outer, inner = sorted((other, path), key=len)
+            if f"{inner}.".startswith(f"{outer}."):
+                raise BadRecipe(
+                    f"finetune.train.modules: `{inner}` would train twice, as "
+                    f"`{whole[other]}` and as `{role}`; take one of them out"
+                )
+        whole[path] = role
+    return whole
+
+
+def path_of(role: str, family: Family, net: nn.Module) -> str:
+    """The module that a word of `train.modules` stands for."""
     known = {"first": family.first, "last": family.last, "final_norm": family.final_norm}
-    paths = known.get(role, role)
-    paths = [paths] if isinstance(paths, str) else list(paths)
+    path = known.get(role, role)
     existing = [name for name, _ in net.named_modules() if name]
-    for path in paths:
-        if path not in existing:
-            raise BadRecipe(
-                f"finetune.train.modules: `{path}` is no module of {type(net).__name__}"
-                + nearest(path, existing)
-            )
-    return paths
+    if path not in existing:
+        raise BadRecipe(
+            f"finetune.train.modules: `{path}` is no module of {type(net).__name__}"
+            + nearest(path, existing)
+        )
+    return path
 
 
 def nearest(path: str, existing: list[str]) -> str:
@@ -110,6 +124,8 @@ def add_adapters(net: nn.Module, adapters: Adapters, whole: dict[str, str], seed
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = matching_modules(net, adapters.targets)
+    if not targets:
+        raise BadRecipe("finetune.train.lora.targets: the list is empty; `lora: null` trains none")
     for path in targets:
         owner = next((w for w in whole if path == w or path.startswith(f"{w}.")), None)
         if owner is not None:
