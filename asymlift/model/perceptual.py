@@ -2,10 +2,12 @@
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from asymlift.errors import BadData, Unavailable
@@ -29,9 +31,10 @@ class Lpips(nn.Module):
 
     def __init__(self, net: str) -> None:
         super().__init__()
-        self.distance = third_party.library("lpips").LPIPS(
-            net=net, spatial=True, pnet_rand=True, verbose=False
-        )
+        lpips = third_party.library("lpips")
+        with warnings.catch_warnings():  # it calls torchvision the old way
+            warnings.simplefilter("ignore", UserWarning)
+            self.distance = lpips.LPIPS(net=net, spatial=True, pnet_rand=True, verbose=False)
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
@@ -72,16 +75,22 @@ def load_backbone(model: Lpips, path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
-        # torchvision publishes .pth; this reads tensors and runs no code
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state: object = load_file(path)
+        else:  # torchvision publishes .pth; this reads tensors and runs no code
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise BadData(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+        raise BadData(f"{path}: cannot be read as weights ({first_sentence(error)})") from None
+    if not isinstance(state, dict):
+        raise BadData(f"{path}: cannot be read as weights (it holds a {type(state).__name__})")
     return state
+
+
+def first_sentence(error: Exception) -> str:
+    """What went wrong; torch goes on about how to read the file all the same."""
+    said = str(error).strip()
+    return said.splitlines()[0].split(". ")[0] if said else "it ends early"
 
 
 def check_published_hash(path: Path) -> None:
