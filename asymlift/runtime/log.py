@@ -128,7 +128,7 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a line cut by a kill is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

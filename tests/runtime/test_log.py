@@ -1,0 +1,143 @@
+"""Lines go to stderr, progress is plain without a terminal, metrics survive kills and resumes."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from asymlift.runtime import log
+from asymlift.runtime.log import Metrics, progress, read_metrics, track
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    yield
+    log.set_verbosity(0)
+
+
+class Clock:
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(log.time, "monotonic", lambda: self.now)
+
+
+# ---- lines -----------------------------------------------------------------------------------
+
+
+def test_everything_human_goes_to_stderr_as_it_is(capsys):
+    log.say("[bold]no markup[/bold] " + "x" * 300)
+    log.warn("careful [1]")
+    log.detail("hidden")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "[bold]no markup[/bold] " + "x" * 300 + "\nwarning: careful [1]\n"
+
+
+def test_verbosity_hides_and_shows(capsys):
+    log.set_verbosity(1)
+    log.detail("shown")
+    log.set_verbosity(-1)
+    for speak in (log.say, log.warn, log.detail):
+        speak("hidden")
+    with progress("work", 2) as ticker:
+        ticker.tick(2)
+    assert capsys.readouterr().err == "shown\n"
+
+
+def test_a_document_is_all_that_stdout_gets(capsys, tmp_path):
+    log.say("talk")
+    log.print_json({"path": tmp_path, "value": 1.5})
+    out, _ = capsys.readouterr()
+    assert json.loads(out) == {"path": str(tmp_path), "value": 1.5}
+    assert out.endswith("}\n")
+
+
+# ---- progress --------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    clock = Clock(monkeypatch)
+    with progress("finetune", 100, done=20) as ticker:
+        for _ in range(30):
+            clock.now += 1
+            ticker.tick(note="loss 0.5")
+    lines = capsys.readouterr().err.splitlines()
+    # 10 steps in 10 s, 70 to go; steps done before the resume say nothing about the speed
+    assert lines == [
+        "finetune: 30/100, 70 s to go loss 0.5",
+        "finetune: 40/100, 60 s to go loss 0.5",
+        "finetune: 50/100, 50 s to go loss 0.5",
+    ]
+
+
+def test_quick_work_says_nothing_and_idle_work_no_time(capsys, monkeypatch):
+    clock = Clock(monkeypatch)
+    assert list(track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    with progress("waiting", 5) as ticker:
+        clock.now += 11
+        ticker.tick(0)
+    assert capsys.readouterr().err == "waiting: 0/5\n"
+
+
+@pytest.mark.parametrize("variable, live", [(None, True), ("CI", False), ("NO_COLOR", False)])
+def test_a_terminal_gets_a_bar_and_a_log_does_not(monkeypatch, variable, live):
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100, _environ={})
+    monkeypatch.setattr(log, "console", terminal)
+    with progress("copying", 4, done=1) as ticker:
+        assert (ticker.bar is not None) == live
+        ticker.tick(2, note="halfway")
+        if ticker.bar is not None:
+            ticker.bar.refresh()
+    assert ("copying" in screen.getvalue() and "3/4" in screen.getvalue()) == live
+    if ticker.bar is not None:
+        assert ticker.bar.finished is False and not ticker.bar.live.is_started
+
+
+def test_a_bar_ends_when_the_work_fails(monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(log, "console", Console(file=io.StringIO(), force_terminal=True))
+    with pytest.raises(ValueError), progress("work", 2) as ticker:
+        raise ValueError
+    assert not ticker.bar.live.is_started
+
+
+# ---- metrics.jsonl ---------------------------------------------------------------------------
+
+
+def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    first = Metrics(path, 0)
+    for step in range(1, 8):
+        first.write(step, loss=float(step), name="old")
+    first.close()
+    second = Metrics(path, 5)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
+    second.write(6, loss=60.0)
+    assert read_metrics(path)[4:] == [
+        {"step": 5, "loss": 5.0, "name": "old"},
+        {"step": 6, "loss": 60.0},
+    ]  # while the file is still open
+    second.close()
+    assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.jsonl"]
+    Metrics(path, 0).close()
+    assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "\0\0\0\0", '{"step": 3', "\udcff"])
+def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n'
+    path.write_bytes(whole + tail.encode("utf-8", errors="surrogateescape"))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    metrics = Metrics(path, 9)
+    metrics.write(3, loss=1.0)
+    metrics.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    assert path.read_bytes().startswith(whole)
