@@ -1,0 +1,81 @@
+"""Ranks are what the launcher says; what it cannot mean is refused. Groups: test_engine.py."""
+
+import pytest
+import torch
+
+from asymlift.errors import UserError
+from asymlift.runtime import dist
+from asymlift.runtime.dist import Ranks, device_for, discover, from_first, join, summed
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def launched(monkeypatch, *values: str) -> None:
+    for name, value in zip(NAMES, values, strict=False):
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_launcher_there_is_one_rank():
+    ranks = discover()
+    assert ranks == Ranks(0, 1, 0) and ranks.first
+
+
+def test_a_launchers_variables_are_read(monkeypatch):
+    launched(monkeypatch, "5", "8", "1")
+    ranks = discover()
+    assert ranks == Ranks(5, 8, 1) and not ranks.first
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            ("zero", "2", "0"),
+            "the launcher's variables are no numbers: RANK=zero, WORLD_SIZE=2, LOCAL_RANK=0",
+        ),
+        (
+            ("0", ""),
+            "the launcher's variables are no numbers: RANK=0, WORLD_SIZE=, LOCAL_RANK=None",
+        ),
+        (("2", "2"), "RANK=2 is not below WORLD_SIZE=2"),
+        (("-1", "2"), "RANK=-1 is not below WORLD_SIZE=2"),
+        (("0", "0"), "RANK=0 is not below WORLD_SIZE=0"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused(monkeypatch, values, message):
+    launched(monkeypatch, *values)
+    with pytest.raises(UserError) as caught:
+        discover()
+    assert str(caught.value) == message
+
+
+def test_several_ranks_need_an_address(monkeypatch):
+    monkeypatch.setattr(dist.atexit, "register", lambda call: None)
+    with pytest.raises(UserError) as caught:
+        join(Ranks(1, 2, 1), torch.device("cpu"), timeout=5)
+    assert str(caught.value) == (
+        "WORLD_SIZE=2 but MASTER_ADDR is not set; start with torchrun, which sets both"
+    )
+
+
+def test_a_rank_computes_on_its_own_gpu_or_on_the_cpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for(Ranks(3, 4, 3)) == torch.device("cpu") and chosen == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_for(Ranks(7, 8, 3)) == torch.device("cuda", 3) and chosen == [3]
+
+
+def test_alone_everything_is_already_agreed_on():
+    values = torch.tensor([1.0, 2.0])
+    assert summed(values) is values and values.tolist() == [1, 2]
+    assert from_first(Ranks(0, 1, 0), "mine") == "mine"
+    dist.barrier()
+    dist.leave()

@@ -1,0 +1,43 @@
+"""The parts of previews that need no model."""
+
+import pytest
+import torch
+from torch import nn
+
+from asymlift.errors import BadRecipe
+from asymlift.stages.preview import evaluating, read_prompts
+
+KEY = "finetune.preview.prompts"
+
+
+def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path):
+    assert read_prompts(["a", "b"], KEY) == ["a", "b"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("  a red disc \n\n\u00e4 blue one\r\n \n", encoding="utf-8")
+    assert read_prompts(str(file), KEY) == ["a red disc", "\u00e4 blue one"]
+
+
+def test_prompts_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(BadRecipe) as caught:
+        read_prompts(str(tmp_path / "none.txt"), KEY)
+    assert str(caught.value) == (
+        f"{KEY}: {tmp_path / 'none.txt'} is no file; give a list of prompts, or a text file"
+    )
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    for nothing in ([], str(tmp_path / "empty.txt")):
+        with pytest.raises(BadRecipe) as caught:
+            read_prompts(nothing, KEY)
+        assert str(caught.value) == f"{KEY}: there are no prompts"
+
+
+def test_dropout_is_off_inside_and_every_modules_own_mode_comes_back():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)))
+    net.eval()
+    net[1][0].train()  # as adapters are in a frozen model
+    before = [part.training for part in net.modules()]
+    x = torch.randn(8, 4)
+    with pytest.raises(RuntimeError), evaluating(net):
+        assert torch.equal(net(x), net(x))
+        raise RuntimeError
+    assert [part.training for part in net.modules()] == before == [False, False, False, True, False]
+    assert not torch.equal(net(x), net(x))
