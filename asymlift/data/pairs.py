@@ -46,32 +46,31 @@ class PairReader:
         *,
         tokens_per_image: int | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,  # image (1, 3, H, W) in [-1, 1]
+        device: torch.device | str = "cpu",  # where colours are converted
     ) -> None:
         self.raw = ColorCode(space, (0.0, 0.0, 0.0), 1.0)
         self.patch, self.channels, self.latent_patch = patch, channels, latent_patch
         self.tokens_per_image = tokens_per_image
-        self.encode = encode
+        self.encode, self.device = encode, device
         self.reader = ShardReader()
         self.encoding = threading.Lock()  # one image at a time in the autoencoder's memory
 
     def tokens(self, sample: SampleIndex) -> tuple[Tensor, Tensor]:
         """(x, z) of a sample; BadSample where it cannot serve."""
-        pair = self.pair(sample)
-        z = image_to_tokens(pair.latent[None].float(), self.latent_patch)[0]
-        if self.tokens_per_image is None or self.tokens_per_image >= len(z):
-            return self.pixel_tokens(pair.image), z
-        draw = generator("tokens", sample.key)  # the same ones whatever else is read
-        chosen = torch.randperm(len(z), generator=draw)[: self.tokens_per_image].sort().values
-        # Cut the patches out first: nothing but them is converted.
-        patches = pair.image.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
-        columns = patches.shape[2]
-        few = patches[:, chosen // columns, chosen % columns].transpose(0, 1)  # (n, 3, p, p)
-        return self.pixel_tokens(few), z[chosen]
-
-    def pixel_tokens(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W), or (n, 3, p, p) -> raw colour tokens (n, D)."""
-        batch = image if image.ndim == 4 else image[None]
-        return image_to_tokens(self.raw.encode(image_to_float(batch)), self.patch).flatten(0, 1)
+        image, latent = self.pair(sample)
+        pixels, latents = image[None], latent[None]
+        total = latent.shape[1] * latent.shape[2] // self.latent_patch**2
+        if self.tokens_per_image is not None and self.tokens_per_image < total:
+            draw = generator("tokens", sample.key)  # the same ones whatever else is read
+            chosen = torch.randperm(total, generator=draw)[: self.tokens_per_image].sort().values
+            # Cut the patches out first: nothing but them is converted.
+            pixels, latents = (
+                patches_at(pixels[0], self.patch, chosen),
+                patches_at(latents[0], self.latent_patch, chosen),
+            )
+        raw = self.raw.encode(image_to_float(pixels.to(self.device)))
+        z = image_to_tokens(latents.to(self.device).float(), self.latent_patch)
+        return image_to_tokens(raw, self.patch).flatten(0, 1), z.flatten(0, 1)
 
     def pair(self, sample: SampleIndex) -> Pair:
         """The image, brought to the size that the latent stands for, and the latent."""
@@ -128,6 +127,13 @@ class PairReader:
         image, cached = self.pair(sample)
         made = self.encoded(sample, image).to(cached.device).double()
         return float((cached.double() - made).square().sum() / made.square().sum())
+
+
+def patches_at(image: Tensor, patch: int, chosen: Tensor) -> Tensor:
+    """Some patches of (c, H, W), by their place in the grid read row by row: (n, c, p, p)."""
+    grid = image.unfold(1, patch, patch).unfold(2, patch, patch)  # (c, h, w, p, p)
+    columns = grid.shape[2]
+    return grid[:, chosen // columns, chosen % columns].transpose(0, 1)
 
 
 def same_picture(height: int, width: int, new_height: int, new_width: int, patch: int) -> bool:

@@ -74,7 +74,9 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
         check_size(picture, max_pixels)
         picture.load()
         deep = picture.mode == "I" or picture.mode.startswith("I;16")
-        return flatten(ImageOps.exif_transpose(sixteen_bits(picture) if deep else picture))
+        upright = sixteen_bits(picture) if deep else picture
+        ImageOps.exif_transpose(upright, in_place=True)
+        return flatten(upright)
 
 
 def check_size(picture: Image.Image, max_pixels: int) -> None:
@@ -124,7 +126,7 @@ def to_srgb(picture: Image.Image) -> Image.Image:
                 return converted
         except (OSError, ImageCms.PyCMSError):
             pass
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 @cache
