@@ -49,7 +49,7 @@ class Chunk:
 def cut(role: str, samples: Sequence[SampleIndex], *, smallest: int = CHUNK_IMAGES) -> list[Chunk]:
     """Chunks that double from `smallest` on and stay small, unless there would be very many.
 
-    From 1 on there is a border at every power of two, where convergence can be read.
+    From `smallest`, a power of two, on there is a border at every one, to read convergence at.
     """
     largest = max(CHUNK_IMAGES, 2 ** math.ceil(math.log2(len(samples) / MOST_CHUNKS)))
     bounds = [0, smallest]
@@ -117,22 +117,18 @@ class Statistics:
         moments = Moments.zero(self.geometry.D, self.geometry.d, device=self.device)
         faults: list[BadSample] = []
         waiting: list[tuple[Tensor, Tensor]] = []
-
-        def add() -> None:
-            if waiting:
-                x, z = (torch.cat(parts).to(self.device) for parts in zip(*waiting, strict=True))
-                moments.add(x, z, len(waiting))
-                waiting.clear()
-
-        for result in read_ahead(self.tokens, chunk.samples, self.workers):
-            if isinstance(result, BadSample):
-                faults.append(result)
+        num_waiting = 0
+        for number, read in enumerate(read_ahead(self.tokens, chunk.samples, self.workers), 1):
+            if isinstance(read, BadSample):
+                faults.append(read)
             else:
-                waiting.append(result)
-                if sum(len(x) for x, _ in waiting) >= TOKENS_PER_PRODUCT:
-                    add()
+                waiting.append(read)
+                num_waiting += len(read[0])
+            if waiting and (num_waiting >= TOKENS_PER_PRODUCT or number == len(chunk.samples)):
+                x, z = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+                moments.add(x, z, len(waiting))
+                waiting, num_waiting = [], 0
             ticker.tick()
-        add()
         return moments, faults
 
     def tokens(self, sample: SampleIndex) -> tuple[Tensor, Tensor] | BadSample:
@@ -199,7 +195,7 @@ def checksum(tensors: dict[str, Tensor]) -> int:
     """crc32 of a chunk's numbers: safetensors does not notice a flipped bit."""
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), value)
+        value = zlib.crc32(tensors[name].contiguous().view(-1).numpy().data, value)
     return value
 
 

@@ -56,6 +56,7 @@ GOOD_R2, MARGINAL_R2 = 0.5, 0.0  # provisional: no large port has been measured 
 RE_ENCODED = 4  # cached latents that are compared with the VAE's
 MOST_DISAGREEMENT = 0.25  # of their energy; seen: 0.002 for the same image, 1.1 for another
 PICTURES = 4
+FIRST_CHUNK = 8  # images; convergence is read there and at every power of two above
 FORMAT = 1  # of the statistics; changes with what a chunk holds
 
 Patterns = str | Path | Sequence[str | Path]
@@ -142,7 +143,7 @@ class Job:
         self.faults: list[BadSample] = []  # found while indexing
         fit, judge, total = choose(plan, self.faults)
         check_budget(self.faults, total + len(self.faults), plan.max_bad_fraction)
-        self.fit, self.judge = cut("fit", fit, smallest=1), cut("judge", judge)
+        self.fit, self.judge = cut("fit", fit, smallest=FIRST_CHUNK), cut("judge", judge)
         self.samples = [*fit, *judge]
         self.cached = [sample for sample in self.samples if LATENT in sample.members]
         self.num_encoded = len(self.samples) - len(self.cached)
@@ -160,6 +161,7 @@ class Job:
             plan.geometry.patch,
             tokens_per_image=plan.tokens_per_image,
             encode=self.autoencoder.encode if self.autoencoder else None,
+            device=plan.device,
         )
         self.data_fingerprint = self.fingerprint_of_data(plan)
         settings = [plan.family.name, plan.method, plan.mean, plan.std]
