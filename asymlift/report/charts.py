@@ -138,7 +138,7 @@ def ticks(axis: Axis) -> list[float]:
         return [number * step for number in range(first, last + 1)]
     decades = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
     thin = -(-len(decades) // 8)  # every second or third decade on a long axis
-    mantissas = (1,) if len(decades) > 3 else (1, 2, 5)
+    mantissas = (1, 2, 5) if axis.high / axis.low < 300 else (1,)
     values = [float(f"{m}e{d}") for d in decades[::thin] for m in mantissas]
     return [value for value in values if axis.low * (1 - 1e-9) <= value <= axis.high * (1 + 1e-9)]
 

@@ -146,7 +146,6 @@ class Job:
         self.fit, self.judge = cut("fit", fit, smallest=FIRST_CHUNK), cut("judge", judge)
         self.samples = [*fit, *judge]
         self.cached = [sample for sample in self.samples if LATENT in sample.members]
-        self.num_encoded = len(self.samples) - len(self.cached)
 
         base = DiffusersFolder(plan.base) if plan.base else None
         self.autoencoder = (
@@ -154,6 +153,7 @@ class Job:
             if base and "vae" in base.components
             else None
         )
+        self.num_encoded = len(self.samples) - len(self.cached) if self.autoencoder else 0
         self.pairs = PairReader(
             plan.space,
             plan.geometry.pixel_patch,
