@@ -229,8 +229,13 @@ def test_the_newest_and_the_milestones_are_kept(tmp_path):
     assert len(steps_on_disk(tmp_path)) == 10
     prune(tmp_path, keep=2, milestone=300)
     assert steps_on_disk(tmp_path) == [1000, 900, 600, 300]
+
+
+def test_without_milestones_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 13):
+        save(tmp_path, step)
     prune(tmp_path, keep=1, milestone=None)
-    assert names(tmp_path) == ["step-001000"]
+    assert names(tmp_path) == ["step-000012"]
 
 
 def test_a_deletion_that_is_cut_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

@@ -180,8 +180,8 @@ def test_a_module_can_be_named_by_its_own_path():
 def test_a_module_whose_path_begins_alike_is_another():
     net = tiny_transformer("flux2")
     net.proj_out2 = torch.nn.Linear(3, 3)
-    trainable = parts(net, "flux2", modules=["last", "proj_out2"])
-    assert trainable.roles["proj_out2.weight"] == "proj_out2"
+    trainable = parts(net, "flux2", modules=["last"], adapters=lora("proj_out2"))
+    assert trainable.roles["proj_out2.lora_A.weight"] == "lora"
     assert trainable.roles["proj_out.weight"] == "last"
 
 
