@@ -139,7 +139,7 @@ class DiffusersFolder:
     @contextmanager
     def hashing_ahead(self, paths: Iterable[Path]) -> Iterator[None]:
         """Compute digests in the background; `sha256` waits for those that it needs."""
-        workers = max(1, min(4, (os.cpu_count() or 1) - 1))
+        workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the interpreter's lock
             for path in paths:
                 if path not in self._sha256:

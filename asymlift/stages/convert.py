@@ -26,6 +26,7 @@ from asymlift.artifacts.staging import StagedFolder, staged_folder
 from asymlift.errors import BadData, CannotWrite
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.color import ColorCode
+from asymlift.runtime.log import progress
 from asymlift.stages.self_check import (
     Conditioning,
     Coupling,
@@ -301,16 +302,19 @@ def _build(
     weights, linked, written, resumed = source.weights, 0, 0, 0
     _check_space(plan, source, staged)
     carried = dict(source.carried)
-    for path in weights.headers:
-        name = f"{COMPONENT}/{path.name}"
-        if weights.is_changed(path):
-            origin = functools.partial(source.base.sha256, path)
-            written += 1
-            resumed += not staged.make(name, weights.writer_of(path), origin)
-        else:
-            carried[name] = path
-    for name, path in carried.items():
-        linked += staged.link(name, path, functools.partial(source.base.sha256, path))
+    with progress("convert: files", len(source.files)) as ticker:
+        for path in weights.headers:
+            name = f"{COMPONENT}/{path.name}"
+            if weights.is_changed(path):
+                origin = functools.partial(source.base.sha256, path)
+                written += 1
+                resumed += not staged.make(name, weights.writer_of(path), origin)
+                ticker.tick(note=name)
+            else:
+                carried[name] = path
+        for name, path in carried.items():
+            linked += staged.link(name, path, functools.partial(source.base.sha256, path))
+            ticker.tick(note=name)
     staged.write(f"{COMPONENT}/config.json", weights.config())
     if index := weights.index():
         staged.write(f"{COMPONENT}/{index[0]}", index[1])

@@ -21,6 +21,7 @@ from asymlift.families.base import Family, Geometry, Text
 from asymlift.maths.lift import lift_last, unlift_first, unlift_last
 from asymlift.maths.schedule import sigma_from_tau, sigma_grid, tau_from_sigma
 from asymlift.maths.solver import euler
+from asymlift.runtime.log import say
 
 Conditioning = Callable[[], Text]  # for a batch of BATCH
 
@@ -133,6 +134,9 @@ def check_coupling(
     if reason:
         raise Unavailable(f"{base.path}: cannot be verified in full: {reason}. Use --verify maps.")
     device = _device(_float32_bytes(base))
+    say(
+        f"verifying the whole model: {STEPS} Euler steps in latents and in pixels, on {device.type}"
+    )
     text = _to(conditioning() if conditioning else _encode(base, family, text_length), device)
     A, g = A.to(device), torch.Generator().manual_seed(0)
     noise = torch.randn(BATCH, math.prod(GRID), geometry.D, generator=g).to(device)
