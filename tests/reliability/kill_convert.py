@@ -31,6 +31,7 @@ class Experiment:
         self.new = snapshot(self.plan.output)
         shutil.rmtree(self.run)
         self.kept: Path | None = None
+        self.resumed = 0  # weight files that second runs did not have to write again
         if over_old:
             convert(fake_plan(folder, seed=1))
             self.kept = self.run.rename(folder / "old-run")
@@ -62,12 +63,12 @@ class Experiment:
 
     def finish(self) -> str:
         """Run again, undisturbed; '' if all is as it should be."""
-        resumed = convert(self.plan).resumed
+        self.resumed += convert(self.plan).resumed
         assert not check_manifest(self.plan.output)
         if self.state() != "new":
             return "the second run ended in other bytes"
         left = sorted(path.name for path in self.run.iterdir())
-        return "" if left == ["lifted"] else f"left behind: {left} (resumed {resumed})"
+        return "" if left == ["lifted"] else f"left behind: {left}"
 
 
 def kill_everywhere(folder: Path, *, over_old: bool) -> dict[str, Any]:
@@ -84,7 +85,12 @@ def kill_everywhere(folder: Path, *, over_old: bool) -> dict[str, Any]:
         problem = experiment.finish() if code is None else f"not killed, exit {code}"
         if problem:
             problems.append(f"operation {point}: {problem}")
-    return {"points": points, "states": dict(states), "problems": problems}
+    return {
+        "points": points,
+        "states": dict(states),
+        "weight files kept by second runs": experiment.resumed,
+        "problems": problems,
+    }
 
 
 def kill_twice(folder: Path, *, over_old: bool, times: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def test_killed_anywhere_the_target_is_old_absent_or_new_and_a_second_run_ends_r
     assert found["states"].keys() <= {before, "absent", "new"}
     assert found["states"][before] > 80
     assert found["states"]["new"] > 0
+    assert found["weight files kept by second runs"] > 50
     if target == "old":
         assert found["states"]["absent"] == 1  # between two renames
 
