@@ -91,7 +91,7 @@ class LoraSection(Section):
     rank: PositiveInt = 256
     alpha: PositiveFloat = 256.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    targets: Literal["family"] | list[str] = "family"  # module paths; `*` stands for one level
+    targets: Literal["family"] | list[str] = "family"  # module paths; `*` stands for anything
 
 
 class TrainSection(Section):

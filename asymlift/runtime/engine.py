@@ -53,7 +53,8 @@ def import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     for handler in deepspeed.utils.logger.handlers:
-        handler.setStream(sys.__stderr__)  # stdout is for the document of `--json`
+        if handler.stream in (sys.stdout, sys.__stdout__):  # that is for the one JSON document
+            handler.setStream(sys.__stderr__)
     return deepspeed
 
 

@@ -8,13 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from asymlift.artifacts.checkpoint import open_checkpoint, steps_on_disk
 from asymlift.artifacts.safetensors_stream import load_tensors
-from asymlift.errors import BadData, BadRecipe, Exit
+from asymlift.data.shards import Sample, ShardReader, index_shard, write_shard
+from asymlift.errors import BadData, BadRecipe, Exit, StoppedEarly
 from asymlift.recipe import load_recipe
+from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
-from asymlift.stages.finetune import accumulation_for, finetune
+from asymlift.stages.finetune import Run, accumulation_for, finetune
 from asymlift.stages.inspection import inspect_path
 from asymlift.stages.verify import verify
 from tests.stages.small_run import LORA, another_run, build, drive
@@ -259,3 +262,70 @@ def test_previews_show_base_lifted_and_now(recipe):
         samples / "step-000000/0000.png"
     ).read_bytes()
     assert (recipe.parent / "shown" / "finetune-report.html").stat().st_size > 10_000
+
+
+def test_maps_and_what_trains_stay_float32_after_the_engine_has_started(recipe):
+    name = another_run(recipe, "dtypes")
+    dist.join(ALONE, torch.device("cpu"), timeout=60)
+    for stage in (2, 3):
+        use = load_recipe(recipe, [name, *LORA, f"finetune.zero.stage={stage}"])
+        run = Run(use, ALONE, torch.device("cpu"), accumulation_for(use.finetune, ALONE), {})
+        student = run.step_module.student
+        frozen = {
+            parameter.dtype
+            for path, parameter in student.net.named_parameters()
+            if "transformer_blocks" in path and "lora" not in path
+        }
+        maps = [student.net.get_submodule(p) for p in (run.family.first, run.family.last)]
+
+        assert student.A.dtype == torch.float32
+        assert {p.dtype for p in run.trainable.parameters.values()} == {torch.float32}
+        assert {p.dtype for twin in maps for p in twin.parameters()} == {torch.float32}
+        assert frozen == {torch.bfloat16}  # as the base stores them
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_full_run_in_bfloat16_keeps_float32_weights(recipe, alone, stage):
+    overrides = [another_run(recipe, f"full-bf16-{stage}"), "finetune.precision=bfloat16"]
+    overrides += [f"finetune.zero.stage={stage}", "finetune.steps=2"]
+
+    report = finetune(load_recipe(recipe, overrides), ALONE)
+
+    trained = load_tensors(report.checkpoint / "trainable.safetensors")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert report.last["loss"] == pytest.approx(alone["full-0"]["metrics"][1]["loss"], rel=0.03)
+
+
+def test_what_is_not_cached_is_encoded_while_training(recipe, alone, tmp_path):
+    """Pictures and captions alone give the losses of the cached latents and embeddings."""
+    reader = ShardReader()
+    for number in range(2):
+        index = index_shard(recipe.parent / "shards" / f"{number:06d}.tar")
+        bare = [reader.read(sample) for sample in index.samples]
+        samples = [Sample(sample.key, sample.image, sample.caption) for sample in bare]
+        write_shard(tmp_path / f"{number:06d}.tar", samples)
+    shards = f"data.train={tmp_path}/{{000000..000001}}.tar"
+    overrides = [another_run(recipe, "online"), shards, "finetune.steps=3"]
+
+    with pytest.raises(BadData, match="no text embedding"):
+        finetune(load_recipe(recipe, [*overrides, "data.max_bad_fraction=0"]), ALONE)
+    report = finetune(load_recipe(recipe, [*overrides, "data.text=online"]), ALONE)
+
+    cached = alone["full-0"]["metrics"][2]
+    assert report.last["loss"] == pytest.approx(cached["loss"], rel=1e-3)
+    assert report.last["control"] == pytest.approx(cached["control"], rel=1e-3)
+
+
+def test_a_file_asks_for_a_stop_and_the_run_goes_on(recipe, alone):
+    name = another_run(recipe, "asked")
+    ask = recipe.parent / "asked" / "save_quit"
+    ask.touch()
+
+    with pytest.raises(StoppedEarly, match="stopped by a save_quit file after step 1 of 8") as stop:
+        finetune(load_recipe(recipe, [name, "finetune.zero.stage=2"]), ALONE)
+    assert stop.value.exit == Exit.RESUMABLE
+    ask.unlink()
+    report = finetune(load_recipe(recipe, [name, "finetune.zero.stage=2"]), ALONE)
+
+    assert report.resumed_from == 1
+    assert report.last["loss"] == alone["full-2"]["metrics"][-1]["loss"]
