@@ -100,3 +100,8 @@ def _captured_energy(A: Tensor, moments: Moments) -> Tensor:
 def _agreement(A: Tensor, moments: Moments) -> Tensor:
     """sum <A^T x, z>"""
     return (A * moments.cross.T).sum()
+
+
+def column_energy(A: Tensor, moments: Moments) -> Tensor:
+    """The share of pixel energy along each column of A, (d,)."""
+    return (A * (moments.gram @ A)).sum(0) / moments.gram.trace()

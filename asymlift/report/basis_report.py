@@ -14,7 +14,6 @@ from asymlift.maths.asymmetric import project
 from asymlift.maths.basis import Alignment
 from asymlift.maths.color import ColorCode
 from asymlift.maths.flow import low_rank_image
-from asymlift.maths.moments import Moments
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.report.charts import line_chart
 from asymlift.report.html import drawing, numbers, page, paragraph, picture, table
@@ -144,11 +143,6 @@ def middle(image: Tensor, patch: int) -> Tensor:
     side = min(*image.shape[1:], max(PICTURE_SIDE, patch)) // patch * patch
     top, left = ((full - side) // 2 // patch * patch for full in image.shape[1:])
     return image[:, top : top + side, left : left + side]
-
-
-def column_energy(A: Tensor, moments: Moments) -> Tensor:
-    """The share of pixel energy along each column of A, (d,)."""
-    return (A * (moments.gram @ A)).sum(0) / moments.gram.trace()
 
 
 def basis_page(report: BasisReport, A: Tensor, examples: list[HeldOutPictures]) -> str:

@@ -26,7 +26,7 @@ from asymlift.embedded import IMAGE_SIZE, METRICS_NET, MODELS
 from asymlift.embedded.metrics import Measure, Scores
 from asymlift.embedded.nets import FeatureNet
 from asymlift.embedded.scenes import Scenes, caption, make_scenes
-from asymlift.errors import BadData
+from asymlift.errors import BadData, CannotWrite
 from asymlift.families import FAMILIES
 from asymlift.model.loading import load_pipeline
 from asymlift.recipe import Recipe, load_recipe
@@ -94,6 +94,7 @@ def recipe_file(name: str) -> Path:
 
 def demo(out: Path, *, overrides: Sequence[str] = ()) -> DemoReport:
     """Run everything; what is there from an earlier run is used, or gone on with."""
+    torch.set_num_threads(1)  # the same sums, so the same pictures, on any number of cores
     recipe = load_recipe(
         recipe_file("tiny.yaml"),
         [
@@ -104,6 +105,15 @@ def demo(out: Path, *, overrides: Sequence[str] = ()) -> DemoReport:
             *overrides,
         ],
     )
+    try:
+        return run_all(recipe, out)
+    except CannotWrite as error:
+        raise CannotWrite(
+            f"{error}\nTo begin anew, remove {out}, or choose another --out."
+        ) from None
+
+
+def run_all(recipe: Recipe, out: Path) -> DemoReport:
     seconds: dict[str, float] = {}
     with timed(seconds, "shards"):
         write_shards(out / "shards")

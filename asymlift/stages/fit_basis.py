@@ -31,6 +31,7 @@ from asymlift.errors import BadData, CannotWrite
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.basis import (
     alignment,
+    column_energy,
     least_squares_scale,
     norm_matched_scale,
     pca,
@@ -46,7 +47,6 @@ from asymlift.report.basis_report import (
     HeldOutPictures,
     Verdict,
     basis_page,
-    column_energy,
     renderings,
 )
 from asymlift.runtime.log import warn

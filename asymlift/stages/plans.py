@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
 from asymlift.data.shards import expand
-from asymlift.errors import BadRecipe, Unavailable
-from asymlift.model.sampling import SampleSettings
+from asymlift.errors import BadRecipe, StoppedEarly, Unavailable
 from asymlift.recipe import Recipe
 from asymlift.report.basis_report import BasisReport
 from asymlift.runtime import dist, log
+from asymlift.runtime.signals import stop_requests
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
 from asymlift.stages.finetune import FinetuneReport, accumulation_for, finetune
 from asymlift.stages.fit_basis import FitPlan, fit_basis
@@ -25,7 +25,7 @@ from asymlift.stages.locate import (
     lifted_path,
     needed,
 )
-from asymlift.stages.preview import read_prompts
+from asymlift.stages.preview import read_prompts, settings_of
 from asymlift.stages.sample import SamplePlan, SampleReport, check, sample
 from asymlift.stages.sample_folder import Weights
 
@@ -38,30 +38,34 @@ def run_fit_basis(
     base, ranks = base_folder(recipe), dist.discover()
     quiet_unless_first(ranks)
     family, geometry = family_of(recipe, base)
-    return fit_basis(
-        FitPlan(
-            train=recipe.data.train,
-            validation=recipe.data.validation,
-            family=family,
-            geometry=geometry,
-            out=recipe.run_folder,
-            base=base,
-            space=recipe.color.space,
-            mean=recipe.color.mean,
-            std=recipe.color.std,
-            method=recipe.basis.method,
-            images=recipe.basis.images,
-            holdout=recipe.basis.holdout,
-            tokens_per_image=recipe.basis.tokens_per_image,
-            max_bad_fraction=recipe.data.max_bad_fraction,
-            accept_poor_fit=accept_poor_fit,
-            overwrite=overwrite,
-            workers=recipe.data.workers,
-            device=str(dist.device_for(ranks)),
-            rank=ranks.rank,
-            world=ranks.world,
-        )
+    plan = FitPlan(
+        train=recipe.data.train,
+        validation=recipe.data.validation,
+        family=family,
+        geometry=geometry,
+        out=recipe.run_folder,
+        base=base,
+        space=recipe.color.space,
+        mean=recipe.color.mean,
+        std=recipe.color.std,
+        method=recipe.basis.method,
+        images=recipe.basis.images,
+        holdout=recipe.basis.holdout,
+        tokens_per_image=recipe.basis.tokens_per_image,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        accept_poor_fit=accept_poor_fit,
+        overwrite=overwrite,
+        workers=recipe.data.workers,
+        device=str(dist.device_for(ranks)),
+        rank=ranks.rank,
+        world=ranks.world,
     )
+    with stop_requests() as request:
+        try:
+            return fit_basis(plan, stop=lambda: request.reason is not None)
+        except StoppedEarly as stopped:
+            stopped.exit = request.exit
+            raise
 
 
 def check_fit_basis(recipe: Recipe) -> dict[str, Any]:
@@ -175,14 +179,7 @@ def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
         height=use.height,
         width=use.width,
         weights=weights,
-        settings=SampleSettings(
-            solver=use.solver,
-            steps=use.steps,
-            guidance=use.guidance,
-            orthogonal=use.orthogonal,
-            clamp=use.clamp,
-            shift=use.shift,
-        ),
+        settings=settings_of(use),
         base=base_folder(recipe) if "base" in weights else None,
         lifted=needed(lifted_path(recipe), "convert"),
         checkpoint=checkpoint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from asymlift.model.loading import load_transformer
 from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
 from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
-from asymlift.recipe import Recipe
+from asymlift.recipe import Recipe, SampleSection
 from asymlift.report.pictures import grid_png
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import warn
@@ -48,6 +48,18 @@ def read_prompts(prompts: list[str] | str, key: str) -> list[str]:
     return prompts
 
 
+def settings_of(use: SampleSection) -> SampleSettings:
+    """The recipe's `sample` section, as the samplers take it."""
+    return SampleSettings(
+        solver=use.solver,
+        steps=use.steps,
+        guidance=use.guidance,
+        orthogonal=use.orthogonal,
+        clamp=use.clamp,
+        shift=use.shift,
+    )
+
+
 def canvas_of(recipe: Recipe, lifted: Lifted, family: Family) -> Canvas:
     """Size, noise and noise levels of the previews, as `sample` would have them."""
     use, drawn = recipe.finetune.preview, recipe.sample
@@ -59,14 +71,7 @@ def canvas_of(recipe: Recipe, lifted: Lifted, family: Family) -> Canvas:
                 f"sample.{key} {side}: this model's patches are {patch} pixels wide, so sizes are "
                 f"multiples of {patch}"
             )
-    settings = SampleSettings(
-        solver=drawn.solver,
-        steps=use.steps,
-        guidance=use.guidance,
-        orthogonal=drawn.orthogonal,
-        clamp=drawn.clamp,
-        shift=drawn.shift,
-    )
+    settings = replace(settings_of(drawn), steps=use.steps, guidance=use.guidance)
     num_tokens = drawn.height * drawn.width // patch**2
     scheduler = DiffusersFolder(lifted.folder).config("scheduler")
     sigmas = noise_levels(

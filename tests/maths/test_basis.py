@@ -5,6 +5,7 @@ from torch.testing import assert_close
 
 from asymlift.maths.basis import (
     alignment,
+    column_energy,
     least_squares_scale,
     norm_matched_scale,
     pca,
@@ -184,3 +185,15 @@ def test_a_random_basis_is_orthonormal_and_repeats_with_its_generator(rank):
     assert A.shape == (D, rank)
     assert_orthonormal(A)
     assert torch.equal(A, some_basis(5, rank))
+
+
+def test_the_energies_of_the_columns_add_up_to_what_is_captured():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 48, generator=draw) * torch.linspace(1, 2, 48)
+    moments = Moments.zero(48, 8).add(x, x[:, :8], 1)
+    A = random_basis(48, 8, draw)
+    shares = column_energy(A, moments)
+    x = x.double()
+
+    assert_close(shares.sum().item(), alignment(A, 1.0, moments).captured)
+    assert_close(shares[3], (x @ A[:, 3]).square().sum() / x.square().sum())

@@ -8,15 +8,13 @@ import pytest
 import torch
 
 from asymlift.data.pictures import image_to_float
-from asymlift.maths.basis import Alignment, alignment, random_basis
+from asymlift.maths.basis import Alignment, random_basis
 from asymlift.maths.color import ColorCode
-from asymlift.maths.moments import Moments
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.report.basis_report import (
     BasisReport,
     Comparison,
     basis_page,
-    column_energy,
     middle,
     renderings,
 )
@@ -58,18 +56,6 @@ def test_a_report_survives_json_but_for_its_paths():
     again = BasisReport.from_facts(facts, report.path, report.page)
     assert again.already_done and again.facts() == report.facts()
     assert "path" not in facts and "page" not in facts
-
-
-def test_the_energies_of_the_columns_add_up_to_what_is_captured():
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(500, D, generator=draw) * torch.linspace(1, 2, D)
-    moments = Moments.zero(D, d).add(x, x[:, :d], 1)
-    A = random_basis(D, d, draw)
-    shares = column_energy(A, moments)
-    assert float(shares.sum()) == pytest.approx(alignment(A, 1.0, moments).captured)
-    x = x.double()
-    third = (x @ A[:, 3]).square().sum() / x.square().sum()
-    assert float(shares[3]) == pytest.approx(float(third))
 
 
 def test_renderings_show_the_subspace_and_the_latent():
