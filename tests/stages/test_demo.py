@@ -1,0 +1,97 @@
+"""The demo's own parts; `make demo` runs the whole of it, with its gates."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from asymlift.cli import app
+from asymlift.data.shards import ShardReader, index_shards
+from asymlift.embedded.metrics import Scores
+from asymlift.embedded.scenes import make_scenes
+from asymlift.errors import CannotWrite, Exit
+from asymlift.stages import demo as stage
+from asymlift.stages.demo import REAL, ROWS, DemoReport, Gate, check_gates, write_shards
+
+WORDS = dict.fromkeys(("shape", "texture", "foreground", "background", "letter"), 0.5)
+SCORES = Scores(100.0, 0.5, WORDS, 0.4, 3.0)
+
+
+def scores(base: Scores, tuned: Scores) -> dict[str, Scores]:
+    return {ROWS["base"]: base, ROWS["lifted"]: base, ROWS["ema"]: tuned}
+
+
+class Basis:
+    r2 = 0.7
+
+
+class Conversion:
+    class coupling:  # noqa: N801
+        psnr = 140.0
+
+
+def test_the_gates_are_kept_only_by_a_model_that_beats_its_base():
+    sharper = WORDS | {"texture": 0.8}
+    good = replace(SCORES, frechet=49.0, accuracy_of=sharper)
+    cases = {
+        "all": (good, 0.7, 140.0, [True, True, True, True]),
+        "distance": (replace(good, frechet=51.0), 0.7, 140.0, [True, True, False, True]),
+        "texture": (replace(good, accuracy_of=WORDS), 0.7, 140.0, [True, True, True, False]),
+        "basis": (good, 0.59, 140.0, [True, False, True, True]),
+        "parity": (good, 0.7, 99.0, [False, True, True, True]),
+    }
+    for tuned, r2, psnr, kept in cases.values():
+        basis, conversion = Basis(), Conversion()
+        basis.r2, conversion.coupling.psnr = r2, psnr
+        gates = check_gates(basis, conversion, scores(SCORES, tuned))
+        assert [gate.kept for gate in gates] == kept
+
+
+@pytest.mark.parametrize(("kept", "code"), [(True, Exit.DONE), (False, Exit.UNEXPECTED)])
+def test_a_broken_gate_fails_the_command(monkeypatch, tmp_path, kept, code):
+    rows = {REAL: SCORES, **scores(SCORES, SCORES)}
+    gate = Gate("beats its base", "1 against 2", kept)
+    report = DemoReport(tmp_path, tmp_path / "report.html", rows, [gate], {"sample": 1.0})
+    monkeypatch.setattr(stage, "demo", lambda out: report)
+
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+
+    assert result.exit_code == code
+    said = result.output
+    assert ("BROKEN beats its base" in said) == (not kept)
+    document = json.loads(CliRunner().invoke(app, ["demo", "--json"]).stdout)
+    assert document["gates"][0]["kept"] == kept
+
+
+def test_shards_have_every_member_and_the_scenes_that_their_keys_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "SHARD_SAMPLES", 3)
+    monkeypatch.setattr(stage, "VALIDATION_SAMPLES", 2)
+    monkeypatch.setattr(stage, "TRAIN_SHARDS", 2)
+    write_shards(tmp_path)
+    shards = sorted(tmp_path.rglob("*.tar"))
+
+    samples = [sample for shard in index_shards(shards) for sample in shard.samples]
+    keys = [sample.key for sample in samples]
+    assert sorted(keys) == [*(f"0-{i:06d}" for i in range(6)), "1-000000", "1-000001"]
+    suffixes = {".png", ".txt", ".json", ".latent.safetensors", ".text.safetensors"}
+    assert all(set(sample.members) == suffixes for sample in samples)
+    read = ShardReader().read(samples[keys.index("0-000004")])
+    real = make_scenes([4], seed=0, size=32)
+    assert read.caption == real.captions[0]
+    assert torch.equal(read.image, (real.image[0] * 255).round().to(torch.uint8))
+    before = [shard.stat().st_mtime_ns for shard in shards]
+    write_shards(tmp_path)
+    assert [shard.stat().st_mtime_ns for shard in shards] == before
+
+
+def test_a_folder_of_another_run_is_named_with_the_way_out(monkeypatch, tmp_path):
+    def refuse(recipe: object, out: Path) -> None:
+        raise CannotWrite("a basis of other data is here")
+
+    monkeypatch.setattr(stage, "run_all", refuse)
+
+    with pytest.raises(CannotWrite, match=f"To begin anew, remove {tmp_path}, or choose another"):
+        stage.demo(tmp_path)
