@@ -2,8 +2,11 @@ import json
 
 import pytest
 import torch
+from torch.testing import assert_close
 
-from asymlift.embedded.build import VARIANTS, build, optimise
+from asymlift.embedded import IMAGE_SIZE
+from asymlift.embedded.build import CELL, VARIANTS, build, linear_code, normalise, optimise
+from asymlift.embedded.scenes import make_scenes
 from asymlift.runtime import third_party
 
 
@@ -18,6 +21,17 @@ def test_training_ends_on_the_average_of_its_steps():
     optimise("toy", net, loss_at, steps=40, lr=0.1, betas=(0.0, 0.9), average=0.9)
 
     assert min(seen) < net.weight.item() < max(seen)
+
+
+def test_the_linear_code_is_a_scaled_basis_whose_channels_are_equally_strong():
+    image = make_scenes(range(128), seed=1, size=IMAGE_SIZE).image
+    filters = linear_code(image)
+
+    A = filters.flatten(1).T
+    code = torch.nn.functional.conv2d(normalise(image), filters, stride=CELL)
+
+    assert_close(A.T @ A, A.square().sum(0).mean() * torch.eye(len(filters)))
+    assert_close(code.square().mean((0, 2, 3)), torch.ones(len(filters)))
 
 
 @pytest.mark.slow
