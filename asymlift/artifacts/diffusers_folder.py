@@ -49,11 +49,14 @@ class DiffusersFolder:
     @property
     def components(self) -> dict[str, str]:
         """Component name -> class name, as model_index.json has them."""
-        return {
+        found = {
             name: entry[1]
             for name, entry in self.model_index.items()
             if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[1]
         }
+        for name in found:
+            check_component_name(self.path / "model_index.json", name)
+        return found
 
     def folder(self, component: str) -> Path:
         """The folder of a component that must be there."""
@@ -176,6 +179,12 @@ def read_index(path: Path) -> dict[str, Any]:
         if not file.endswith(".safetensors"):
             raise BadData(f"{path}: {name} is said to be in {file!r}; only safetensors are read.")
     return index
+
+
+def check_component_name(index: Path, name: str) -> None:
+    """Refuse a component of model_index.json whose folder would be outside the pipeline's."""
+    if not is_plain_name(name):
+        raise BadData(f"{index}: names a component {name!r}, which is no plain folder name.")
 
 
 def is_plain_name(name: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from asymlift.artifacts.diffusers_folder import check_component_name
 from asymlift.errors import BadData, Unavailable
 from asymlift.families.base import Family
 from asymlift.runtime import third_party
@@ -173,6 +174,7 @@ def _class_in(module: str, name: str, origin: object) -> Any:
 
 def _load_part(folder: Path, index: Mapping[str, Any], name: str, dtype: Any) -> Any:
     origin = folder / "model_index.json"
+    check_component_name(origin, name)
     entry = index.get(name)
     if not (isinstance(entry, list) and len(entry) == 2):
         known = sorted(k for k, v in index.items() if isinstance(v, list))

@@ -79,6 +79,16 @@ def test_an_index_cannot_lead_out_of_its_folder(name, base):
         DiffusersFolder(base).weight_files("transformer")
 
 
+@pytest.mark.parametrize("name", ["../../escaped", "/etc", "a/b", "", ".hidden"])
+def test_a_component_cannot_lie_outside_its_folder(name, base):
+    index = json.loads((base / "model_index.json").read_text())
+    write_json(base / "model_index.json", index | {name: ["diffusers", "AutoencoderKL"]})
+    with pytest.raises(
+        BadData, match=r"model_index\.json: names a component .*no plain folder name"
+    ):
+        _ = DiffusersFolder(base).components
+
+
 def test_an_index_of_pickles_is_refused(base):
     change_index(base, **{"proj_out.weight": "pytorch_model.bin"})
     with pytest.raises(BadData, match="only safetensors are read"):

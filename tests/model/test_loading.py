@@ -302,6 +302,13 @@ def test_code_that_came_with_the_checkpoint_is_not_run(whole, tmp_path):
         load_pipeline_parts(copy, ["vae"])
 
 
+@pytest.mark.parametrize("name", ["../vae", "/vae", "vae/.."])
+def test_a_component_cannot_lie_outside_its_folder(whole, tmp_path, name):
+    copy = changed(whole, tmp_path, name, ["diffusers", "AutoencoderKL"])
+    with pytest.raises(BadData, match=rf"names a component '{name}', which is no plain folder"):
+        load_pipeline_parts(copy, [name])
+
+
 def test_a_class_of_another_version_is_unavailable(whole, tmp_path):
     copy = changed(whole, tmp_path, "vae", ["diffusers", "AutoencoderOfTomorrow"])
     with pytest.raises(Unavailable, match=r"AutoencoderOfTomorrow, which diffusers \d.* does not"):
