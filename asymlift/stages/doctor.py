@@ -61,7 +61,6 @@ LOW_OPEN_FILES = 1024  # 64 shards per rank, the files of a sharded model, socke
 STALE_LOCK = 600.0  # seconds; no operator takes that long to build
 
 DRIVER = Path("/proc/driver/nvidia/version")
-CONTAINER = Path("/sys/fs/cgroup")
 BACKBONES = ("vgg16-397923af.pth", "alexnet-owt-7be5be79.pth", "squeezenet1_1-b8a52dc0.pth")
 
 
@@ -345,21 +344,14 @@ def perceptual_weights() -> Iterator[Check]:
 
 
 def memory() -> Iterator[Check]:
+    from asymlift.runtime.memory import container_limit
+
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     said = f"{_gib(total)} in this machine"
     limit = container_limit()
     if limit is not None and limit < total:
         total, said = limit, f"{_gib(limit)} for this container, {said}"
     yield _at_least("memory", total, LOW_MEMORY, said, "close other programs; use a smaller batch")
-
-
-def container_limit() -> int | None:
-    """The memory limit of a cgroup (v2, then v1)."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = CONTAINER / name
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            return int(text)
-    return None
 
 
 def disk() -> Iterator[Check]:

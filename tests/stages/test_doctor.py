@@ -238,7 +238,8 @@ def test_disk_and_shared_memory(monkeypatch, free, status):
 
 
 def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "CONTAINER", tmp_path)
+    monkeypatch.setattr("asymlift.runtime.memory.GROUPS", tmp_path)
+    monkeypatch.setattr("asymlift.runtime.memory.OWN_GROUPS", tmp_path / "none")
     (tmp_path / "memory.max").write_text("max\n")
     assert "container" not in only(doctor.memory).found
     (tmp_path / "memory.max").write_text(f"{GIB}\n")
