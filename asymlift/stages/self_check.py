@@ -5,8 +5,8 @@ B images, N = h w tokens, d latent and D pixel token width.
 
 import gc
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from asymlift.maths.lift import lift_last, unlift_first, unlift_last
 from asymlift.maths.schedule import sigma_from_tau, sigma_grid, tau_from_sigma
 from asymlift.maths.solver import euler
 from asymlift.runtime.log import say
+from asymlift.runtime.memory import available_memory
 
 Conditioning = Callable[[], Text]  # for a batch of BATCH
 
@@ -102,7 +103,7 @@ def why_not_coupled(base: DiffusersFolder, conditioning: Conditioning | None) ->
             return f"{missing[0]}/ is not in the base folder"
     encoder_bytes = 0 if conditioning else _weight_bytes(base, encoders)
     needed = int(1.2 * max(_float32_bytes(base), encoder_bytes)) + (1 << 30)
-    available = _available_memory()
+    available = available_memory()
     if needed > available:
         return (
             f"the full check needs {human_bytes(needed)} of memory, "
@@ -154,7 +155,7 @@ def check_coupling(
         flow = PixelFlow(net, family, geometry, A, s)
         return euler(lambda x, t: flow(x, t.expand(BATCH), text, GRID, floor=FLOOR), noise, sigma)
 
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with _full_float32():
         expected = s * latent_run() @ A.T
         gc.collect()
         image = pixel_run()
@@ -210,14 +211,16 @@ def _weight_bytes(base: DiffusersFolder, components: list[str]) -> int:
     return sum(path.stat().st_size for name in components for path in base.weight_files(name))
 
 
-def _available_memory() -> int:
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TensorFloat32, which a GPU takes for convolutions by default: it has 10 bits, not 23."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _device(model_bytes: int) -> torch.device:
