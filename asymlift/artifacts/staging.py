@@ -57,17 +57,11 @@ class StagedFolder:
         False if an earlier run had finished it, from a file whose sha256 was `origin()` then too.
         """
         path = self._place(name)
-        sha256, made_from = self._done.get(name, ("", ""))
-        if sha256 and path.is_file() and made_from == origin() and sha256_file(path) == sha256:
-            self.sha256[name] = sha256
+        if self._is_finished(name, path, origin):
             return False
         with writing(path):
             path.unlink(missing_ok=True)
-            self.sha256[name] = build(path)
-            entry = json.dumps([name, self.sha256[name], origin()])
-            with self._log.open("ab", buffering=0) as log:
-                log.write(entry.encode() + b"\n")
-                os.fsync(log.fileno())
+            self._finish(name, build(path), origin())
         return True
 
     def write(self, name: str, data: bytes) -> None:
@@ -76,15 +70,19 @@ class StagedFolder:
         self.sha256[name] = sha256_file(self.new / name)
 
     def link(self, name: str, source: Path, sha256: Callable[[], str]) -> bool:
-        """Take a file over as it is; True if that cost no space."""
+        """Take a file over as it is; True if that cost no space. A copy is not made twice."""
         path, copied = self._place(name), None
+        if self._is_finished(name, path, sha256):
+            return False
         with writing(path):
             if not (path.exists() and path.samefile(source)):
                 path.unlink(missing_ok=True)
                 copied = link_or_copy(source, path)
-        self.sha256[name] = sha256()
-        if copied not in (None, self.sha256[name]):
-            raise BadData(f"{source}: changed while it was copied. Run the same command again.")
+            self.sha256[name] = sha256()
+            if copied not in (None, self.sha256[name]):
+                raise BadData(f"{source}: changed while it was copied. Run the same command again.")
+            if copied:
+                self._finish(name, copied, copied)
         return copied is None
 
     def can_link(self, source: Path) -> bool:
@@ -126,8 +124,22 @@ class StagedFolder:
     def _log(self) -> Path:
         return self.work / "done.jsonl"
 
+    def _is_finished(self, name: str, path: Path, origin: Callable[[], str]) -> bool:
+        sha256, made_from = self._done.get(name, ("", ""))
+        if sha256 and path.is_file() and made_from == origin() and sha256_file(path) == sha256:
+            self.sha256[name] = sha256
+            return True
+        return False
+
+    def _finish(self, name: str, sha256: str, origin: str) -> None:
+        self.sha256[name] = sha256
+        with self._log.open("ab", buffering=0) as log:
+            log.write(json.dumps([name, sha256, origin]).encode() + b"\n")
+            os.fsync(log.fileno())
+
     def _place(self, name: str) -> Path:
         path = self.new / name
+        assert path.resolve().is_relative_to(self.new.resolve()), f"{name} leads out of {self.new}"
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path

@@ -343,17 +343,16 @@ def _build(
 
 def _check_space(plan: ConvertPlan, source: Source, staged: StagedFolder) -> None:
     """Refuse before the first byte, not in the middle."""
-    weights = source.weights
-    copies, rewritten = list(source.carried.values()), []
-    for path in weights.headers:
-        present = (staged.new / COMPONENT / path.name).exists()
-        if not weights.is_changed(path):
-            copies.append(path)
-        elif not present:
-            rewritten.append(path)
-    needed = SLACK + sum(weights.num_bytes(path) for path in rewritten)
-    if not staged.can_link(source.base.path / "model_index.json"):
-        needed += sum(path.stat().st_size for path in copies)
+    weights, needed = source.weights, SLACK
+    files = source.carried | {f"{COMPONENT}/{path.name}": path for path in weights.headers}
+    can_link = staged.can_link(source.base.path / "model_index.json")
+    for name, path in files.items():
+        if (staged.new / name).exists():
+            continue  # from an earlier run; if it is to be made again, its space is free first
+        if path in weights.headers and weights.is_changed(path):
+            needed += weights.num_bytes(path)
+        elif not can_link:
+            needed += path.stat().st_size
     free = free_bytes(staged.work)
     if free < needed:
         raise CannotWrite(

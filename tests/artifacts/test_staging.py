@@ -1,5 +1,7 @@
 """A staged folder takes its target's place at once, and remembers what a killed run finished."""
 
+import shutil
+
 import pytest
 
 from asymlift.artifacts import staging
@@ -70,6 +72,43 @@ def test_or_the_file_it_was_made_from_has_changed(tmp_path):
         assert staged.make("big", writer(b"123", []), lambda: "4567")
 
 
+@pytest.fixture
+def no_links(monkeypatch):
+    """As on another file system. Collects what is copied."""
+
+    def copy(source, target):
+        copied.append(target.name)
+        shutil.copy(source, target)
+        return sha256_file(target)
+
+    copied = []
+    monkeypatch.setattr(staging, "link_or_copy", copy)
+    return copied
+
+
+def copy_carried(folder):
+    with staged_folder(folder / "folder", "x") as staged:
+        staged.begin("one")
+        assert not staged.link("copy", folder / "carried", lambda: sha256_file(folder / "carried"))
+        assert staged.sha256["copy"] == sha256_file(folder / "carried")
+
+
+def test_what_a_killed_run_copied_is_not_copied_again(tmp_path, no_links):
+    (tmp_path / "carried").write_bytes(b"1")
+    copy_carried(tmp_path)
+    copy_carried(tmp_path)
+    assert no_links == ["copy"]
+
+
+@pytest.mark.parametrize("changed", ["carried", ".folder.work/new/copy"])
+def test_unless_the_copy_or_its_source_has_changed(changed, tmp_path, no_links):
+    (tmp_path / "carried").write_bytes(b"1")
+    copy_carried(tmp_path)
+    (tmp_path / changed).write_bytes(b"2")
+    copy_carried(tmp_path)
+    assert no_links == ["copy", "copy"]
+
+
 def test_a_file_that_changes_while_it_is_copied_is_bad_data(tmp_path, monkeypatch):
     (tmp_path / "carried").write_bytes(b"1")
     monkeypatch.setattr(staging, "link_or_copy", lambda source, target: "its sha256 now")
@@ -105,6 +144,13 @@ def test_files_that_nobody_made_do_not_enter_the_folder(tmp_path):
         staged.make("big", writer(b"123", []), origin)
         staged.commit(kind="test", facts={})
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["big", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["../escaped", "sub/../../escaped", "/tmp/escaped"])
+def test_nothing_is_written_outside_the_folder(name, tmp_path):
+    with staged_folder(tmp_path / "folder", "x") as staged, pytest.raises(AssertionError):
+        staged.write(name, b"1")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_one_process_stages_a_target(tmp_path):

@@ -21,7 +21,7 @@ from asymlift.families import FAMILIES
 from asymlift.maths.basis import random_basis
 from asymlift.maths.color import ColorCode
 from asymlift.stages import self_check
-from asymlift.stages.convert import convert
+from asymlift.stages.convert import SLACK, convert
 from asymlift.stages.self_check import COUPLING_TOLERANCE
 from tests import tiny
 from tests.reliability.fake_pipeline import (
@@ -244,6 +244,32 @@ def test_too_little_space_is_said_before_the_first_byte(plan, monkeypatch):
     assert not plan.output.exists()
 
 
+def test_the_copies_of_a_killed_run_are_kept_and_need_no_space(plan, monkeypatch):
+    """On another file system, where every file costs space."""
+
+    def no_links(self, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    shard = next((plan.base / "transformer").glob("*-00002-of-*"))  # of no map
+    text_encoder = plan.base / "text_encoder/model.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("asymlift.stages.convert._verify", killed)
+        convert(plan)
+    new = plan.output.with_name(".lifted.work") / "new"
+    copies = [new / path.relative_to(plan.base) for path in (shard, text_encoder)]
+    before = [path.stat().st_ino for path in copies]
+    monkeypatch.setattr("asymlift.stages.convert.free_bytes", lambda path: SLACK)
+
+    convert(plan)
+
+    copies = [plan.output / path.relative_to(plan.base) for path in (shard, text_encoder)]
+    assert [path.stat().st_ino for path in copies] == before
+
+
 # -- what does not belong together
 
 
@@ -284,6 +310,18 @@ def test_basis_and_recipe_cannot_disagree_about_colour(plan):
     rgb = ColorCode("rgb", (0.5, 0.5, 0.5), 0.5)
     with pytest.raises(BadData, match=r"was fitted in ColorCode\(space='oklab'.*recipe says"):
         convert(dataclasses.replace(plan, color=rgb))
+
+
+def test_a_component_that_leads_out_of_the_base_is_refused_and_not_copied(plan):
+    index = json.loads((plan.base / "model_index.json").read_text())
+    index["../escaped"] = ["transformers", "CLIPTextModel"]
+    (plan.base / "model_index.json").write_text(json.dumps(index))
+    secret = plan.base.parent / "escaped"
+    secret.mkdir()
+    (secret / "config.json").write_text("{}")
+    with pytest.raises(BadData, match=r"'\.\./escaped', which is no plain folder name"):
+        convert(plan)
+    assert list(plan.output.parent.iterdir()) == []
 
 
 def test_the_family_must_be_that_of_the_checkpoint(plan):
@@ -375,6 +413,40 @@ def test_a_family_that_describes_another_model_is_found_out_and_leaves_nothing(r
         convert(dataclasses.replace(plan, family=wrong))
     assert not plan.output.exists()
     assert not plan.output.with_name(".lifted.work").exists()
+
+
+def test_the_whole_model_is_checked_in_full_float32(real_base, tmp_path, monkeypatch):
+    """cuDNN stays on, TensorFloat32 goes off, and afterwards all is as the caller had it."""
+
+    def settings():
+        cudnn = torch.backends.cudnn
+        return cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    def euler(*args):
+        seen.append(settings())
+        return real(*args)
+
+    seen, real, before = [], self_check.euler, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(self_check, "euler", euler)
+    torch.set_float32_matmul_precision("high")
+    try:
+        convert(real_plan(tmp_path, "flux2", real_base("flux2")))
+        assert settings() == (True, True, "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [(True, False, "highest")] * 2
+
+
+def test_a_container_too_small_for_the_full_check_gets_that_of_the_maps(
+    real_base, tmp_path, monkeypatch
+):
+    plan = real_plan(tmp_path, "flux2", real_base("flux2"))
+    (tmp_path / "memory.max").write_text(f"{2**29}\n")
+    monkeypatch.setattr("asymlift.runtime.memory.GROUPS", tmp_path)
+    monkeypatch.setattr("asymlift.runtime.memory.OWN_GROUPS", tmp_path / "none")
+    report = convert(dataclasses.replace(plan, verify="auto"))
+    assert report.coupling is None
+    assert any("memory, 512.0 MiB are available" in note for note in report.notes)
 
 
 def test_the_full_check_needs_encoders_or_conditioning(real_base, tmp_path):
