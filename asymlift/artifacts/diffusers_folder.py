@@ -134,10 +134,11 @@ class DiffusersFolder:
 
     def sha256(self, path: Path) -> str:
         """Digest of one file of this folder, computed once."""
-        if path not in self._sha256:
-            self._sha256[path] = Future()
-            self._hash(path)
-        return self._sha256[path].result()
+        future = self._sha256.get(path)
+        if future is None or future.cancelled():
+            with ThreadPoolExecutor(1) as pool:
+                future = self._sha256[path] = pool.submit(_digest, path)
+        return future.result()
 
     @contextmanager
     def hashing_ahead(self, paths: Iterable[Path]) -> Iterator[None]:
@@ -146,25 +147,24 @@ class DiffusersFolder:
         with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the interpreter's lock
             for path in paths:
                 if path not in self._sha256:
-                    self._sha256[path] = Future()
-                    pool.submit(self._hash, path)
+                    self._sha256[path] = pool.submit(_digest, path)
             try:
                 yield
             finally:
                 pool.shutdown(cancel_futures=True)
-
-    def _hash(self, path: Path) -> None:
-        try:
-            self._sha256[path].set_result(sha256_file(path))
-        except OSError as error:
-            problem = BadData(f"{path}: cannot be read ({error.strerror}).")
-            self._sha256[path].set_exception(problem)
 
     def fingerprint(self, component: str) -> str:
         """'sha256:...' of a component's weights and of what its config computes."""
         config = {k: v for k, v in self.config(component).items() if k not in INCIDENTAL}
         weights = {path.name: self.sha256(path) for path in self.weight_files(component)}
         return digest_json({"config": config, "weights": weights})
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def read_index(path: Path) -> dict[str, Any]:

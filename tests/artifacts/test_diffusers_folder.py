@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import threading
+from contextlib import suppress
 
 import pytest
 
+from asymlift.artifacts import diffusers_folder
 from asymlift.artifacts.diffusers_folder import DiffusersFolder, is_plain_name
+from asymlift.artifacts.files import sha256_file
 from asymlift.errors import BadData
 from tests.reliability.fake_pipeline import transformer_tensors, write_base, write_json
 
@@ -47,6 +51,54 @@ def test_a_fingerprint_follows_weights_and_config_but_not_what_saving_changes(ba
     weights = base / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     assert DiffusersFolder(base).fingerprint("vae") != fingerprint
+
+
+def test_hashing_that_fails_is_raised_where_its_result_is_needed(base, monkeypatch):
+    """Whatever it was: nobody waits for a result that will not come."""
+    folder, path = DiffusersFolder(base), base / "model_index.json"
+
+    def fail(path):
+        raise MemoryError
+
+    monkeypatch.setattr(diffusers_folder, "sha256_file", fail)
+    with folder.hashing_ahead([path]), pytest.raises(MemoryError):
+        result_of(folder, path)
+    (base / "README.md").unlink()
+    monkeypatch.undo()
+    with pytest.raises(BadData, match=r"README\.md: cannot be read \(No such file"):
+        result_of(folder, base / "README.md")
+
+
+def test_what_was_not_hashed_ahead_is_hashed_when_it_is_needed(base, monkeypatch):
+    """A conversion that fails cancels what is waiting."""
+    paths = [path for path in sorted(base.rglob("*")) if path.is_file()]
+    folder, go_on = DiffusersFolder(base), threading.Event()
+
+    def slow(path):
+        go_on.wait(10)
+        return sha256_file(path)
+
+    monkeypatch.setattr(diffusers_folder, "sha256_file", slow)
+    monkeypatch.setattr(diffusers_folder.os, "cpu_count", lambda: 1)
+    later = threading.Timer(0.1, go_on.set)
+    with pytest.raises(ZeroDivisionError), folder.hashing_ahead(paths):
+        later.start()
+        raise ZeroDivisionError
+    assert [result_of(folder, path) for path in paths] == [sha256_file(path) for path in paths]
+
+
+def result_of(folder, path):
+    """The digest, or a failure where it would never come."""
+
+    def wait():
+        with suppress(BaseException):  # raised again below
+            folder.sha256(path)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "waits for ever"
+    return folder.sha256(path)
 
 
 def test_what_is_no_pipeline_folder_is_refused(base, tmp_path):
