@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asymlift import __version__
-from asymlift.errors import Exit, UserError
+from asymlift.errors import Exit, StoppedEarly, UserError
 from asymlift.recipe import Recipe, load_recipe
 from asymlift.runtime import log
+from asymlift.runtime.signals import raising_on_signals
 
 app = typer.Typer(
     name="asymlift",
@@ -35,6 +36,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what went w
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
+GO_ON = "what is finished is kept: run the same command again to go on"
+
+
 def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a command whose user errors end in a message and an exit code."""
 
@@ -42,10 +46,21 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(function)
         def run(*args: Any, verbose: int = 0, quiet: bool = False, **kwargs: Any) -> Any:
             log.set_verbosity(-1 if quiet else verbose)
+            as_json = bool(kwargs.get("as_json"))
             try:
-                return function(*args, verbose=verbose, quiet=quiet, **kwargs)
+                with raising_on_signals():
+                    return function(*args, verbose=verbose, quiet=quiet, **kwargs)
             except UserError as error:
-                fail(error, as_json=bool(kwargs.get("as_json")))
+                fail(error, as_json=as_json)
+            except KeyboardInterrupt:
+                fail(StoppedEarly("interrupted; " + GO_ON, Exit.INTERRUPTED), as_json=as_json)
+            except (SystemExit, typer.Exit):
+                raise
+            except Exception as error:  # our own mistake: its traceback follows
+                if as_json:
+                    said = f"{type(error).__name__}: {error}"
+                    log.print_json({"error": said, "exit": int(Exit.UNEXPECTED)})
+                raise
 
         return app.command(name)(run)
 
@@ -167,8 +182,10 @@ def sample(
     compare: Annotated[
         bool, typer.Option("--compare", help="base, lifted and ema from the same noise.")
     ] = False,
-    step: Annotated[int | None, typer.Option(help="A checkpoint; the newest if not given.")] = None,
-    num: Annotated[int, typer.Option("--num", help="Pictures per prompt.")] = 1,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="A checkpoint; the newest if not given.")
+    ] = None,
+    num: Annotated[int, typer.Option("--num", min=1, help="Pictures per prompt.")] = 1,
     out: Annotated[Path | None, typer.Option("--out", help="Where the pictures go.")] = None,
     overrides: Overrides = [],
     overwrite: Overwrite = False,

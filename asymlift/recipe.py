@@ -26,6 +26,7 @@ from pydantic import (
 
 from asymlift.errors import BadRecipe
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Patterns = str | list[str]
 
@@ -33,13 +34,15 @@ Patterns = str | list[str]
 class Section(BaseModel):
     """A block of a recipe: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """The latent model that is ported."""
 
-    base: str  # a diffusers folder, or `embedded:NAME` for a model inside the package
+    base: Annotated[
+        str, Field(min_length=1)
+    ]  # a diffusers folder, or `embedded:NAME` for a model inside the package
     family: str = "auto"  # a name, or package.module:FAMILY
     text_length: PositiveInt | None = None  # tokens per caption; None is the pipeline's own
 
@@ -66,7 +69,7 @@ class ColorSection(Section):
     @classmethod
     def lists_are_tuples(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("mean"), list):
-            values = {**values, "mean": tuple(float(number) for number in values["mean"])}
+            values = {**values, "mean": tuple(values["mean"])}
         return values
 
     @model_validator(mode="after")
@@ -154,7 +157,7 @@ class OptimizerSection(Section):
 
     kind: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     lr_scale: dict[str, PositiveFloat] = {"last": 10.0}  # by the words of `train.modules`, or lora
@@ -163,7 +166,7 @@ class OptimizerSection(Section):
     @classmethod
     def lists_are_tuples(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("betas"), list):
-            values = {**values, "betas": tuple(float(number) for number in values["betas"])}
+            values = {**values, "betas": tuple(values["betas"])}
         return values
 
 
@@ -242,6 +245,18 @@ class FinetuneSection(Section):
             raise ValueError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def scales_name_what_trains(self) -> Self:
+        modules = [] if self.train == "full" else self.train.modules
+        known = list(dict.fromkeys(["first", "last", "final_norm", "lora", "trunk", *modules]))
+        for role in self.optimizer.lr_scale:
+            if role not in known:
+                raise ValueError(
+                    f"optimizer.lr_scale: `{role}` names no part of the model; use one of "
+                    f"{', '.join(known)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -381,7 +396,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def readable(error: ValidationError, source: str) -> Iterator[str]:
     """At most three lines, one per mistake."""
-    mistakes = error.errors()
+    mistakes = without_other_branches(error.errors())
     for mistake in mistakes[:3]:
         location = [str(part) for part in mistake["loc"] if not is_union_branch(str(part))]
         where = ".".join(location)
@@ -396,6 +411,16 @@ def readable(error: ValidationError, source: str) -> Iterator[str]:
             yield f"{source}: {where + ': ' if where else ''}{said[0].lower()}{said[1:]}{shown}"
     if len(mistakes) > 3:
         yield f"{source}: and {len(mistakes) - 3} more"
+
+
+def without_other_branches(mistakes: list[Any]) -> list[Any]:
+    """Where a union was given a section with a mistake inside, only that mistake counts."""
+    places = [tuple(p for p in m["loc"] if not is_union_branch(str(p))) for m in mistakes]
+    return [
+        mistake
+        for mistake, place in zip(mistakes, places, strict=True)
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
 
 
 def is_union_branch(part: str) -> bool:

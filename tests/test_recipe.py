@@ -55,6 +55,18 @@ def test_a_minimal_recipe_has_the_published_constants(recipe_file):
         ("finetune.zero.stage=4", "finetune.zero.stage: input should be less than or equal to 3"),
         ("color.mean=fit", "mean and std are both numbers, or both `fit`"),
         ("name=a/b", "name: `a/b` becomes a folder"),
+        ("finetune.optimizer.lr_scale={lsat: 10}", "`lsat` names no part of the model; use one of"),
+        (
+            "finetune.optimizer.betas=[2, 3]",
+            "finetune.optimizer.betas.0: input should be less than",
+        ),
+        (
+            "finetune.optimizer.betas=[a, 0.9]",
+            "betas.0: input should be a valid number (given: 'a')",
+        ),
+        ("finetune.optimizer.lr=1e400", "finetune.optimizer.lr: input should be a finite number"),
+        ("sample.guidance=1e400", "sample.guidance: input should be a finite number"),
+        ("model.base=''", "model.base: string should have at least 1 character"),
         ("nonsense", "--set nonsense: expected section.key=value"),
         ("name=[1", "--set name=[1: while parsing"),
     ],
@@ -111,3 +123,10 @@ def test_a_recipe_never_changes(recipe_file):
     with pytest.raises(Exception, match="frozen"):
         recipe.name = "other"
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_mistake_inside_a_section_is_the_only_one_that_is_told(recipe_file):
+    said = refusal(recipe_file, "finetune.train={lora: {rank: 0}}")
+
+    assert said.count("\n") == 0
+    assert "finetune.train.lora.rank: input should be greater than 0" in said

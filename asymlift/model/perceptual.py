@@ -1,6 +1,5 @@
 """The perceptual distance: the lpips package, spatial, with its backbone from a local file."""
 
-import hashlib
 import re
 import warnings
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from asymlift.artifacts.files import sha256_file
 from asymlift.errors import BadData, Unavailable
 from asymlift.runtime import third_party
 
@@ -98,6 +98,6 @@ def check_published_hash(path: Path) -> None:
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named is None:
         return
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_file(path)
     if not digest.startswith(named[1]):
         raise BadData(f"{path}: its name promises sha256 {named[1]}..., it has {digest[:8]}...")

@@ -6,15 +6,16 @@ deepspeed), with the same command line.
 
 import atexit
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
-from asymlift.errors import UserError
+from asymlift.errors import Exit, UserError
 
 T = TypeVar("T")
 
@@ -39,16 +40,28 @@ def discover() -> Ranks:
     except ValueError:
         given = ", ".join(f"{key}={os.environ.get(key)}" for key, _ in VARIABLES)
         raise UserError(f"the launcher's variables are no numbers: {given}") from None
+    tasks = [os.environ.get(key, "1") for key in OTHER_LAUNCHERS]
+    if "RANK" not in os.environ and any(count != "1" for count in tasks):
+        raise UserError(
+            f"a launcher started {max(tasks)} tasks, but RANK is not set: each would run alone. "
+            "Start with torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+        )
     if not 0 <= ranks.rank < ranks.world:
         raise UserError(f"RANK={ranks.rank} is not below WORLD_SIZE={ranks.world}")
     return ranks
 
 
+OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def device_for(ranks: Ranks) -> torch.device:
     if torch.cuda.is_available():
+        if ranks.local >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={ranks.local}, but this machine shows {torch.cuda.device_count()} "
+                "GPU(s); start as many ranks as there are GPUs"
+            )
         torch.cuda.set_device(ranks.local)
         return torch.device("cuda", ranks.local)
     return torch.device("cpu")
@@ -82,14 +95,57 @@ def leave() -> None:
         td.destroy_process_group()
 
 
-def from_first(ranks: Ranks, value: T | None) -> T:
-    """Rank 0's value on every rank."""
-    box = [value]
+def first_does(ranks: Ranks, action: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank; its user error ends every rank alike."""
+    result, failure = None, None
+    if ranks.first:
+        try:
+            result = action()
+        except UserError as error:
+            if ranks.world == 1:
+                raise
+            failure = error
+    box: list[Any] = [(result, failure and described(failure))]
     if ranks.world > 1:
         td.broadcast_object_list(box, src=0)
-    result = box[0]
-    assert result is not None
-    return result
+    made, said = box[0]
+    if said is not None:
+        raise failure or again(said)
+    return cast(T, made)
+
+
+def all_do(ranks: Ranks, action: Callable[[], T]) -> T:
+    """What each rank makes for itself, without collectives; one rank's user error is everyone's."""
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    share_error(ranks, failure)
+    return cast(T, result)
+
+
+def share_error(ranks: Ranks, failure: UserError | None) -> None:
+    """Raise the user error of any rank on all ranks. Every rank has to call."""
+    box: list[Any] = [failure and described(failure)]
+    if ranks.world > 1:
+        box = [None] * ranks.world
+        td.all_gather_object(box, failure and described(failure))
+    if failure is not None:
+        raise failure
+    for said in box:
+        if said is not None:
+            raise again(said)
+
+
+def described(error: UserError) -> tuple[str, int]:
+    return str(error), int(error.exit)
+
+
+def again(said: tuple[str, int]) -> UserError:
+    error = UserError(said[0])
+    error.exit = Exit(said[1])
+    return error
 
 
 def summed(values: Tensor) -> Tensor:

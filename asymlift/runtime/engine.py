@@ -5,6 +5,7 @@ on the ZeRO stage or the number of ranks. DeepSpeed's own checkpoints (pickle, b
 never used.
 """
 
+import math
 import os
 import sys
 import warnings
@@ -66,6 +67,7 @@ class Engine:
     ) -> None:
         self.deepspeed = import_deepspeed()
         self.settings, self.ranks, self.trainable = settings, ranks, trainable
+        self.left_out = 0  # non-finite updates of stage 0, where DeepSpeed looks at none
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in trainable.parameters.items():
             groups.setdefault(trainable.roles[name], []).append(parameter)
@@ -130,12 +132,16 @@ class Engine:
         """ZeRO stage 0 keeps whole gradients, and its norm to itself."""
         parameters = list(self.trainable.parameters.values())
         limit = clip if clip > 0 else float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
+            self.inner.zero_grad()  # AdamW leaves out what has no gradient
+            self.left_out += 1
+        return norm
 
     @property
     def num_skipped(self) -> int:
-        """Updates that DeepSpeed left out because a gradient was not finite."""
-        return int(self.inner.skipped_steps)
+        """Updates that were left out because a gradient was not finite."""
+        return int(self.inner.skipped_steps) + self.left_out
 
     # --- state by name ------------------------------------------------------------------------
 
@@ -182,9 +188,10 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self.link_moments()
+        fresh = self.num_updates == 0
         for name, parameter in self.trainable.parameters.items():
             for key in MOMENTS:
-                if self.num_updates == 0:  # every update so far was left out
+                if fresh:  # every update so far was left out
                     yield f"{key}/{name}", torch.zeros(self.shape_of(name))
                 elif self.stage == 0:
                     yield f"{key}/{name}", self.adamw.state[parameter][key]

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from asymlift.artifacts.files import write_bytes_atomically
+
 Item = TypeVar("Item")
 
 PLAIN_INTERVAL = 10.0  # seconds between lines when there is no terminal
@@ -112,9 +114,8 @@ class Metrics:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-            fresh = path.with_suffix(".partial")
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            fresh.replace(path)
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_bytes_atomically(path, text.encode())
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values: Any) -> None:
@@ -130,9 +131,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+            break
+        lines.append(line)
     return lines
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from asymlift.errors import Exit
+from asymlift.errors import Exit, StoppedEarly
 
 SAVE_QUIT = "save_quit"  # an empty file of this name in the run folder
 
@@ -22,6 +22,26 @@ class StopRequest:
     def look_for_file(self, folder: Path) -> None:
         if self.reason is None and (folder / SAVE_QUIT).exists():
             self.reason = f"a {SAVE_QUIT} file"
+
+    def obeyed(self, folder: Path) -> None:
+        """Take the file away, or the next run would stop at once."""
+        (folder / SAVE_QUIT).unlink(missing_ok=True)
+
+
+@contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGUSR1 into an error, for work that loses nothing when it is cut off."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise StoppedEarly(f"stopped by {name}; what is finished is kept: run it again to go on")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

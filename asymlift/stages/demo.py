@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.artifacts.files import write_bytes_atomically
+from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json
 from asymlift.data.pictures import decode_image, float_to_image, image_to_float
 from asymlift.data.shards import Sample, write_shard
@@ -115,7 +115,7 @@ def demo(out: Path, *, overrides: Sequence[str] = ()) -> DemoReport:
 
 def run_all(recipe: Recipe, out: Path) -> DemoReport:
     seconds: dict[str, float] = {}
-    with timed(seconds, "shards"):
+    with timed(seconds, "shards"), writing(out):
         write_shards(out / "shards")
     with timed(seconds, "fit-basis"):
         basis = run_fit_basis(recipe)
@@ -123,6 +123,7 @@ def run_all(recipe: Recipe, out: Path) -> DemoReport:
         tell(describe_basis(basis))
     with timed(seconds, "convert"):
         conversion = run_convert(recipe, verify="full")
+        assert conversion is not None
         tell(describe_conversion(conversion))
     with timed(seconds, "finetune"):
         run_finetune(recipe)
@@ -367,7 +368,7 @@ def show(report: DemoReport, *, as_json: bool) -> None:
     shown = Table(*HEADER, box=None, pad_edge=False)
     for row, *values in score_rows(report.scores):
         shown.add_row(row, f"{values[0]:.1f}", *(f"{value:.3f}" for value in values[1:]))
-    log.console.print(shown)
+    log.console.print(shown, width=110)
     for gate in report.gates:
         log.say(f"{'ok    ' if gate.kept else 'BROKEN'} {gate.promise}: {gate.found}")
     total = sum(report.seconds.values())

@@ -5,9 +5,10 @@ captions and adapter dropout follow from (seed, step, slot). State is what a che
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.artifacts.checkpoint import step_folder
-from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically
+from asymlift.artifacts.checkpoint import Checkpoint, step_folder
+from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically, writing
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
 from asymlift.data.feed import Feed, StepSamples
@@ -42,9 +43,10 @@ from asymlift.stages.finetune_data import (
     index_training_data,
 )
 from asymlift.stages.finetune_model import adapters_of, build_step
-from asymlift.stages.finetune_state import TrainingState
+from asymlift.stages.finetune_state import TrainingState, find_checkpoint
 from asymlift.stages.locate import checkpoints_path, lifted_path
 from asymlift.stages.preview import Previews
+from asymlift.stages.provenance import library_versions
 
 MAX_SKIPPED = 5  # updates in a row without finite gradients
 
@@ -68,12 +70,28 @@ def finetune(
 ) -> FinetuneReport:
     """Train to the recipe's last step, from the newest checkpoint that is whole."""
     settings = recipe.finetune
-    folder = recipe.run_folder
     accumulation = accumulation_for(settings, ranks)
     device = dist.device_for(ranks)
     dist.join(ranks, device, settings.timeout)
-    with locked(folder, ranks), stop_requests() as request:
-        return Run(recipe, ranks, device, accumulation, zero3 or {}).to_the_end(request)
+    with locked(recipe.run_folder, ranks), stop_requests() as request:
+        found = find_checkpoint(checkpoints_path(recipe), ranks)
+        if found is not None and found.step >= settings.steps:
+            return nothing_left(recipe.run_folder, found)
+        return Run(recipe, ranks, device, accumulation, zero3 or {}).to_the_end(found, request)
+
+
+def nothing_left(folder: Path, found: Checkpoint) -> FinetuneReport:
+    """The report of a run that had taken all its steps before."""
+    return FinetuneReport(
+        folder=folder,
+        step=found.step,
+        resumed_from=found.step,
+        checkpoint=found.folder,
+        seconds=0.0,
+        num_trained=sum(math.prod(shape) for _, shape, _ in found.state["parameters"]),
+        last={},
+        num_bad_samples=found.state["bad"],
+    )
 
 
 def accumulation_for(settings: FinetuneSection, ranks: Ranks) -> int:
@@ -89,11 +107,14 @@ def accumulation_for(settings: FinetuneSection, ranks: Ranks) -> int:
 @contextmanager
 def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     """One finetune per run folder."""
-    if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder / ".finetune.lock", "this run"):
-            yield
-    else:
+    with ExitStack() as held:
+
+        def lock() -> None:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive_lock(folder / ".finetune.lock", "this run"))
+
+        dist.first_does(ranks, lock)
         yield
 
 
@@ -111,11 +132,13 @@ class Run:
         self.recipe, self.settings, self.ranks, self.device = recipe, recipe.finetune, ranks, device
         self.folder, self.accumulation = recipe.run_folder, accumulation
         self.precision = torch.bfloat16 if self.settings.precision == "bfloat16" else None
-        self.lifted = read_lifted(lifted_path(recipe))
+        self.lifted = dist.all_do(ranks, lambda: read_lifted(lifted_path(recipe)))
         own = ":" in recipe.model.family
         self.family = find_family(recipe.model.family if own else self.lifted.family, {}, {})
 
-        self.samples, self.grids = index_training_data(recipe, self.lifted)
+        self.samples, self.grids = dist.all_do(
+            ranks, lambda: index_training_data(recipe, self.lifted)
+        )
         self.order = Order(self.grids, self.settings.batch, self.settings.seed)
         self.ledger = Ledger(self.folder, ranks.rank, recipe.data.max_bad_fraction)
         self.share = share_of(
@@ -126,15 +149,16 @@ class Run:
         self.previews = Previews.begin(recipe, self.lifted, self.family, ranks, device, encoders)
         encoders.let_go()
 
-        self.step_module, self.trainable = build_step(
-            self.settings, self.lifted, self.family, self.precision, device
+        self.step_module, self.trainable = dist.all_do(
+            ranks,
+            lambda: build_step(self.settings, self.lifted, self.family, self.precision, device),
         )
         self.engine = Engine(self.step_module, self.trainable, self.engine_settings(zero3), ranks)
         self.ema = Ema(self.trainable.parameters) if self.settings.ema else None
         self.state = TrainingState(
             checkpoints_path(recipe), self.engine, self.ema, self.settings.checkpoint
         )
-        self.skipped_in_a_row = 0
+        self.num_updates, self.skipped_in_a_row = 0, 0
 
     def engine_settings(self, zero3: dict[str, int]) -> EngineSettings:
         use = self.settings
@@ -151,9 +175,9 @@ class Run:
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def to_the_end(self, request: StopRequest) -> FinetuneReport:
+    def to_the_end(self, found: Checkpoint | None, request: StopRequest) -> FinetuneReport:
         started = time.monotonic()
-        steps, begin = self.settings.steps, self.resume()
+        steps, begin = self.settings.steps, self.resume(found) if found else 0
         last: dict[str, float] = {}
         if self.ranks.first:
             self.announce(begin)
@@ -171,21 +195,22 @@ class Run:
                     ticker.tick(note=f"loss {last['loss']:.4f}")
                 if done % self.settings.checkpoint.every == 0 or done == steps or stop:
                     self.save(done)
-                if self.previews and (done % self.previews.every == 0 or done == steps):
-                    self.show(done)
                 if stop and done < steps:
+                    if self.ranks.first:
+                        request.obeyed(self.folder)
                     raise StoppedEarly(
                         f"stopped by {stop} after step {done} of {steps}, and saved; "
                         "run the same command again to go on",
                         request.exit,
                     )
-        if self.ranks.first:
-            self.write_page()
+                if self.previews and (done % self.previews.every == 0 or done == steps):
+                    self.show(done)
+        dist.first_does(self.ranks, self.write_page)
         return FinetuneReport(
             folder=self.folder,
-            step=max(begin, steps),
+            step=steps,
             resumed_from=begin,
-            checkpoint=step_folder(self.state.checkpoints, max(begin, steps)),
+            checkpoint=step_folder(self.state.checkpoints, steps),
             seconds=time.monotonic() - started,
             num_trained=self.trainable.num_parameters,
             last=last,
@@ -200,22 +225,25 @@ class Run:
             workers=self.recipe.data.workers,
             check=partial(
                 check_sample,
+                family=self.family,
                 geometry=self.lifted.geometry,
-                needs_text=self.recipe.data.text == "cached",
+                null_text=self.maker.null_text if self.recipe.data.text == "cached" else None,
             ),
         )
 
     @contextmanager
     def metrics(self, begin: int) -> Iterator[Metrics | None]:
         """metrics.jsonl of rank 0."""
-        if not self.ranks.first:
-            yield None
-            return
-        metrics = Metrics(self.folder / "metrics.jsonl", begin)
-        try:
-            yield metrics
-        finally:
-            metrics.close()
+        with ExitStack() as opened:
+
+            def begin_file() -> None:
+                metrics = Metrics(self.folder / "metrics.jsonl", begin)
+                opened.enter_context(closing(metrics))
+                box.append(metrics)
+
+            box: list[Metrics] = []
+            dist.first_does(self.ranks, begin_file)
+            yield box[0] if box else None
 
     @contextmanager
     def ticker(self, begin: int) -> Iterator[Ticker | None]:
@@ -266,8 +294,9 @@ class Run:
             },
             clip.norm if clip and step >= clip.from_step else 0.0,
         )
-        self.guard(step, totals["loss"], norm, read, applied=self.engine.num_skipped == skipped)
-        self.average(step + 1)
+        if self.guard(step, totals["loss"], norm, read, self.engine.num_skipped == skipped):
+            self.num_updates += 1
+            self.average()
         logged = {
             **totals,
             "grad_norm": norm,
@@ -310,33 +339,32 @@ class Run:
         with self.engine.showing(shards):
             self.previews.show(step, self.step_module.student)
 
-    def average(self, done: int) -> None:
+    def average(self) -> None:
         use = self.settings.ema
         if self.ema is None or use is None:
             return
-        since = done - use.from_step
+        since = self.num_updates - use.from_step
         self.ema.update(
             karras_decay(since, use.gamma)
             if use.kind == "karras"
             else (use.decay if since > 0 else 0.0)
         )
 
-    def guard(
-        self, step: int, loss: float, norm: float, read: StepSamples, *, applied: bool
-    ) -> None:
-        """DeepSpeed leaves out updates that are not finite; a run of them ends the run."""
-        finite = torch.isfinite(torch.tensor([loss, norm])).all()
-        self.skipped_in_a_row = 0 if finite and applied else self.skipped_in_a_row + 1
-        if not self.skipped_in_a_row:
-            return
+    def guard(self, step: int, loss: float, norm: float, read: StepSamples, applied: bool) -> bool:
+        """Whether the update was made; too many in a row that were left out end the run."""
+        if applied and math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += 1
         keys = [s.key for micro in read.micro_batches for s in micro if s is not None]
         said = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples {', '.join(keys[:8])}"
-        if self.skipped_in_a_row >= MAX_SKIPPED or (self.engine.stage == 0 and not finite):
+        if self.skipped_in_a_row >= MAX_SKIPPED:
             raise BadData(
-                f"{said}\nthe last whole checkpoint is from before; lower the learning rate, "
-                "or look at these samples"
+                f"{said}\n{MAX_SKIPPED} updates in a row were not finite; the last checkpoint is "
+                "from before: lower the learning rate, or look at these samples"
             )
         warn(f"{said}; the update was left out")
+        return False
 
     # --- state --------------------------------------------------------------------------------
 
@@ -349,8 +377,13 @@ class Run:
                 "lifted": digest_json(self.lifted.facts),
                 "data": data_digest(self.samples, self.grids),
             },
-            "recipe": json.loads(self.settings.model_dump_json()),
-            "caption_dropout": self.recipe.data.caption_dropout,
+            "recipe": {
+                **json.loads(self.settings.model_dump_json()),
+                "data.text": self.recipe.data.text,
+                "data.caption_dropout": self.recipe.data.caption_dropout,
+                "model.text_length": self.recipe.model.text_length,
+            },
+            "versions": library_versions(),
         }
 
     def save(self, step: int) -> None:
@@ -362,14 +395,12 @@ class Run:
         self.state.save(step, {**self.facts(), **counts})
         detail(f"saved {step_folder(self.state.checkpoints, step)}")
 
-    def resume(self) -> int:
-        """Go on from the newest whole checkpoint; returns its step."""
-        found = self.state.find()
-        if found is None:
-            return 0
+    def resume(self, found: Checkpoint) -> int:
+        """Go on from a checkpoint; returns its step."""
         self.state.check(found, self.facts())
         self.rehearse(found.step)
         self.state.restore(found)
+        self.num_updates = found.state["updates"]
         self.ledger.num_seen, self.ledger.num_bad = found.state["seen"], found.state["bad"]
         return found.step
 

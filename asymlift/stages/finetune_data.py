@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.data.feed import StepSamples
+from asymlift.data.pairs import PairReader
 from asymlift.data.shards import LATENT, BadSample, Sample, SampleIndex, expand, index_shards
 from asymlift.errors import BadData
 from asymlift.families.base import Family, Geometry
@@ -22,8 +24,11 @@ from asymlift.recipe import FinetuneSection, Recipe, TimeSection
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import warn
+from asymlift.stages.basis_statistics import check_budget
+from asymlift.stages.fit_basis import check_pairing
 
 MIN_SEEN = 1000  # before that many samples, the share of bad ones says little
+MOST_TRIED = 16  # cached latents that are looked at to find a few that can be compared
 NAMED = 3  # faults that are named on the screen, per reason; all of them go to logs/
 
 
@@ -35,15 +40,25 @@ def grid_of(index: SampleIndex, patch: int) -> tuple[int, int]:
 def index_training_data(
     recipe: Recipe, lifted: Lifted
 ) -> tuple[list[SampleIndex], list[tuple[int, int]]]:
-    patch = lifted.geometry.pixel_patch
-    shards = index_shards(expand(recipe.data.train), on_bad=lambda fault: warn(str(fault)))
-    found = [sample for shard in shards for sample in shard.samples]
-    samples = [sample for sample in found if min(grid_of(sample, patch)) > 0]
+    """Every sample that can be trained on, with its token rows and columns."""
+    patch, faults = lifted.geometry.pixel_patch, list[BadSample]()
+    shards = index_shards(expand(recipe.data.train), on_bad=faults.append)
+    samples = []
+    for sample in (sample for shard in shards for sample in shard.samples):
+        if min(grid_of(sample, patch)) > 0:
+            samples.append(sample)
+        else:
+            size = f"{sample.width} x {sample.height}, a patch has {patch} x {patch}"
+            unreadable = sample.width == 0
+            reason = "image cannot be read" if unreadable else "smaller than one patch"
+            faults.append(BadSample(sample.where, reason, "" if unreadable else size))
+    for fault in faults[:NAMED]:
+        warn(f"{fault}; left out")
+    if len(faults) > NAMED:
+        warn(f"{len(faults)} samples are left out in all")
+    check_budget(faults, len(samples) + len(faults), recipe.data.max_bad_fraction)
     if not samples:
-        raise BadData(
-            f"{recipe.data.train}: no usable samples; an image needs at least {patch} x {patch} "
-            "pixels"
-        )
+        raise BadData(f"{recipe.data.train}: there are no samples in these shards")
     return samples, [grid_of(sample, patch) for sample in samples]
 
 
@@ -56,13 +71,24 @@ def data_digest(samples: Sequence[SampleIndex], grids: Sequence[tuple[int, int]]
 
 
 def check_sample(
-    index: SampleIndex, sample: Sample, geometry: Geometry, *, needs_text: bool
+    index: SampleIndex,
+    sample: Sample,
+    *,
+    family: Family,
+    geometry: Geometry,
+    null_text: Embedding | None,
 ) -> None:
-    """Raise BadSample where a sample does not fit the model."""
-    if needs_text and sample.text is None:
-        raise BadSample(
-            index.where, "no text embedding", "data.text: online encodes it while training"
-        )
+    """Raise BadSample where a sample does not fit the model; None: the text is made online."""
+    if null_text is not None:
+        if sample.text is None:
+            raise BadSample(
+                index.where, "no text embedding", "data.text: online encodes it while training"
+            )
+        try:
+            family.collate([shapes_of(null_text), shapes_of(sample.text)])
+        except BadData as error:
+            detail = str(error).replace("sample 0", "the empty prompt").splitlines()[0]
+            raise BadSample(index.where, "text embedding does not fit", detail) from None
     if sample.latent is None:
         return
     rows, columns = grid_of(index, geometry.pixel_patch)
@@ -73,6 +99,10 @@ def check_sample(
             "latent has the wrong shape",
             f"{tuple(sample.latent.shape)}, the image needs {expected}",
         )
+
+
+def shapes_of(embedding: Embedding) -> Embedding:
+    return {name: tensor.to("meta") for name, tensor in embedding.items()}
 
 
 class Ledger:
@@ -127,12 +157,31 @@ class Encoders:
         self.text_online = recipe.data.text == "online"
         self.latents_online = any(LATENT not in sample.members for sample in samples)
         self.pipeline: Any = None
-        if ranks.first or self.stay:
-            self.pipeline = load_pipeline(lifted.folder)
-            for part in self.pipeline.components.values():
-                if isinstance(part, torch.nn.Module):
-                    part.to(device)
+        if self.stay:
+            dist.all_do(ranks, self.load)
+        else:
+            dist.first_does(ranks, self.load)
         self.null_text = self.for_all([""])[0]
+        dist.first_does(ranks, lambda: self.check_latents(samples))
+
+    def load(self) -> None:
+        self.pipeline = load_pipeline(self.lifted.folder)
+        for part in self.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(self.device)
+
+    def check_latents(self, samples: Sequence[SampleIndex]) -> None:
+        """Compare a few cached latents with what this model's VAE makes of their images."""
+        geometry = self.lifted.geometry
+        pairs = PairReader(
+            self.lifted.color.space,
+            geometry.pixel_patch,
+            geometry.channels,
+            geometry.patch,
+            encode=lambda image: self.latents(image.to(self.device)).float().cpu(),
+        )
+        cached = (sample for sample in samples if LATENT in sample.members)
+        check_pairing(pairs, list(islice(cached, MOST_TRIED)))
 
     @property
     def stay(self) -> bool:
@@ -141,8 +190,7 @@ class Encoders:
 
     def for_all(self, prompts: list[str]) -> list[Embedding]:
         """Embeddings that rank 0 makes and every rank gets. Every rank has to call."""
-        made = self.captions(prompts) if self.ranks.first else None
-        return dist.from_first(self.ranks, [to_cpu(one) for one in made] if made else None)
+        return dist.first_does(self.ranks, lambda: [to_cpu(one) for one in self.captions(prompts)])
 
     @torch.no_grad()
     def captions(self, prompts: list[str]) -> list[Embedding]:

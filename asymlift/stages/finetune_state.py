@@ -6,7 +6,7 @@ It is keyed by parameter name and whole, so it fits any ZeRO stage and any numbe
 import json
 import math
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,30 @@ from asymlift.artifacts.checkpoint import (
     check_space,
     committing,
     newest_whole,
-    open_checkpoint,
     prune,
     remove_leftovers,
 )
 from asymlift.artifacts.safetensors_stream import SafetensorsWriter, TensorInfo, load_tensors
-from asymlift.errors import BadData
+from asymlift.errors import BadData, UserError
 from asymlift.model.ema import Ema
 from asymlift.recipe import CheckpointSection
 from asymlift.runtime import dist
+from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import MOMENTS, Engine
 from asymlift.runtime.log import say, warn
 
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+def find_checkpoint(checkpoints: Path, ranks: Ranks) -> Checkpoint | None:
+    """The newest checkpoint that is whole. Rank 0 verifies; every rank has to call."""
+
+    def look() -> Checkpoint | None:
+        for name in remove_leftovers(checkpoints):
+            warn(f"removed {name}, which a killed run left behind")
+        return newest_whole(checkpoints, warn)
+
+    return dist.first_does(ranks, look)
 
 
 class TrainingState:
@@ -60,39 +71,44 @@ class TrainingState:
         ]
         if self.ema is not None:
             parts.append((EMA, shapes, self.averages))
-        if not self.ranks.first:
-            for _, _, tensors in parts:
-                for _ in tensors():
-                    pass  # every rank takes part in every gather
-            dist.barrier()
-            return
-        needed = sum(4 * math.prod(shape) for _, shapes, _ in parts for shape in shapes.values())
-        check_space(self.checkpoints, needed)
         facts = {**facts, "parameters": self.parameters, "updates": self.engine.num_updates}
+        gathered = ((key, tensor) for _, _, tensors in parts for key, tensor in tensors())
+        failure: UserError | None = None
+        if self.ranks.first:
+            wanted = {name: shapes for name, shapes, _ in parts}
+            try:
+                self.write(step, facts, wanted, gathered)
+            except UserError as error:
+                failure = error
+        for _ in gathered:
+            pass  # every rank takes part in every gather, also when nothing can be written
+        dist.share_error(self.ranks, failure)
+
+    def write(
+        self,
+        step: int,
+        facts: dict[str, Any],
+        files: dict[str, dict[str, tuple[int, ...]]],
+        gathered: Iterator[tuple[str, Tensor]],
+    ) -> None:
+        """Rank 0's part of a save: the files, one after another, and the commit."""
+        check_space(
+            self.checkpoints,
+            sum(4 * math.prod(shape) for shapes in files.values() for shape in shapes.values()),
+        )
         with committing(self.checkpoints, step, facts) as staged:
-            for name, wanted, tensors in parts:
-                infos = {key: TensorInfo("F32", shape) for key, shape in wanted.items()}
+            for name, shapes in files.items():
+                infos = {key: TensorInfo("F32", shape) for key, shape in shapes.items()}
                 with SafetensorsWriter(staged / name, infos) as writer:
-                    for key, tensor in tensors():
+                    for key, tensor in islice(gathered, len(shapes)):
                         writer.write(key, tensor.detach().float().cpu().contiguous())
         prune(self.checkpoints, self.keep.keep, self.keep.milestone)
-        dist.barrier()
 
     def averages(self) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights, whole, one at a time."""
         assert self.ema is not None
         for name, shard in self.ema.shards.items():
             yield name, self.engine.whole(name, shard)
-
-    def find(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; rank 0 looks, all ranks open what it found."""
-        found: Checkpoint | None = None
-        if self.ranks.first:
-            for name in remove_leftovers(self.checkpoints):
-                warn(f"removed {name}, which a killed run left behind")
-            found = newest_whole(self.checkpoints, warn)
-        folder = dist.from_first(self.ranks, str(found.folder) if found else "")
-        return found or (open_checkpoint(Path(folder)) if folder else None)
 
     def check(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         """Refuse the checkpoint of another run; say what changed and may."""
@@ -113,8 +129,10 @@ class TrainingState:
             self.ema.shards[name].copy_(self.engine.shard(name, whole))
 
 
-FREE_TO_CHANGE = {"steps", "micro_batch", "zero", "checkpoint", "preview", "timeout"}
-REFUSED_TO_CHANGE = {"seed", "batch", "train"}
+# What may change between a run and its continuation. Everything else that enters a step may too,
+# and is said: the rest of `finetune`, `data.text` and `data.caption_dropout`.
+FREE_TO_CHANGE = {"micro_batch", "zero", "checkpoint", "preview", "timeout"}
+REFUSED_TO_CHANGE = {"seed", "batch", "train", "model.text_length"}
 
 
 def compare_states(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
@@ -135,7 +153,7 @@ def compare_states(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     for key, old, new in changed:
         if key in REFUSED_TO_CHANGE:
             raise BadData(
-                f"{checkpoint.folder}: made with finetune.{key} {json.dumps(old)}, the recipe says "
+                f"{checkpoint.folder}: made with {full(key)} {json.dumps(old)}, the recipe says "
                 f"{json.dumps(new)}; that cannot change in a run: use another `name`"
             )
     if then["parameters"] != now["parameters"]:
@@ -148,8 +166,13 @@ def compare_states(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     return [
         f"{key} {json.dumps(old)} -> {json.dumps(new)}"
         for key, old, new in changed
-        if key not in FREE_TO_CHANGE or key == "steps"
+        if key not in FREE_TO_CHANGE
     ]
+
+
+def full(key: str) -> str:
+    """The key as a recipe has it."""
+    return key if "." in key else f"finetune.{key}"
 
 
 def brief(fingerprint: str) -> str:

@@ -104,7 +104,7 @@ def fit_basis(plan: FitPlan, *, stop: Stop = lambda: False) -> BasisReport | Non
         job.statistics.make_share(stop)
         return None
     with exclusive_lock(plan.out / ".fit-basis.lock", f"the basis in {plan.out}"):
-        disagreement = check_pairing(job)
+        disagreement = check_pairing(job.pairs, job.cached)
         job.statistics.make_share(stop)
         job.statistics.wait_for_others(stop)
         return conclude(plan, job, disagreement)
@@ -237,15 +237,15 @@ def finished(plan: FitPlan, job: Job) -> BasisReport | None:
     return BasisReport.from_facts(facts["report"], path, plan.out / "basis-report.html")
 
 
-def check_pairing(job: Job) -> float | None:
+def check_pairing(pairs: PairReader, cached: Sequence[SampleIndex]) -> float | None:
     """Compare cached latents with what the VAE makes of their images; None if it cannot.
 
     A cache of other images has the right shapes and would spoil everything in silence.
     """
     found: dict[str, float] = {}
-    for sample in job.cached if job.autoencoder else []:
+    for sample in cached if pairs.encode else []:
         try:
-            found[sample.where] = job.pairs.disagreement(sample)
+            found[sample.where] = pairs.disagreement(sample)
         except (BadSample, OSError):
             continue  # counted when its chunk is made
         if len(found) == RE_ENCODED:

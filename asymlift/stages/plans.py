@@ -1,7 +1,9 @@
 """From a recipe to each stage's plan, and from its report to what is printed."""
 
 import dataclasses
+import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Literal, get_args
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
 from asymlift.data.shards import expand
 from asymlift.errors import BadRecipe, StoppedEarly, Unavailable
+from asymlift.maths.color import ColorCode
 from asymlift.recipe import Recipe
 from asymlift.report.basis_report import BasisReport
 from asymlift.runtime import dist, log
@@ -26,6 +29,7 @@ from asymlift.stages.locate import (
     needed,
 )
 from asymlift.stages.preview import read_prompts, settings_of
+from asymlift.stages.provenance import record
 from asymlift.stages.sample import SamplePlan, SampleReport, check, sample
 from asymlift.stages.sample_folder import Weights
 
@@ -60,6 +64,8 @@ def run_fit_basis(
         rank=ranks.rank,
         world=ranks.world,
     )
+    if ranks.first:
+        record(recipe, "fit-basis")
     with stop_requests() as request:
         try:
             return fit_basis(plan, stop=lambda: request.reason is not None)
@@ -86,21 +92,35 @@ def check_fit_basis(recipe: Recipe) -> dict[str, Any]:
 
 def run_convert(
     recipe: Recipe, *, verify: Literal["auto", "maps", "full"] = "auto", overwrite: bool = False
-) -> ConvertReport:
+) -> ConvertReport | None:
+    """One rank is enough; the others have nothing to do."""
+    if not dist.discover().first:
+        return None
     base = base_folder(recipe)
     family, _ = family_of(recipe, base)
+    basis = needed(basis_path(recipe), "fit-basis")
+    record(recipe, "convert")
     return convert(
         ConvertPlan(
             base=base,
-            basis=needed(basis_path(recipe), "fit-basis"),
+            basis=basis,
             output=lifted_path(recipe),
             family=family,
             family_name=recipe.model.family if ":" in recipe.model.family else "",
+            color=color_of(recipe),
             verify=verify,
             text_length=recipe.model.text_length,
             overwrite=overwrite,
         )
     )
+
+
+def color_of(recipe: Recipe) -> ColorCode | None:
+    """The recipe's colour code, for a basis of the published code, which does not name its own."""
+    mean, std = recipe.color.mean, recipe.color.std
+    if mean == "fit" or std == "fit":
+        return None
+    return ColorCode(recipe.color.space, mean, std)
 
 
 def check_convert(recipe: Recipe) -> dict[str, Any]:
@@ -123,6 +143,8 @@ def run_finetune(recipe: Recipe) -> FinetuneReport:
     ranks = dist.discover()
     quiet_unless_first(ranks)
     needed(lifted_path(recipe), "convert")
+    if ranks.first:
+        record(recipe, "finetune")
     return finetune(recipe, ranks)
 
 
@@ -174,7 +196,7 @@ def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
     use, trained = recipe.sample, {"ema", "raw"} & set(weights)
     checkpoint = checkpoint_for(recipe, request.step) if trained else None
     return SamplePlan(
-        out=request.out or recipe.run_folder / "samples" / "prompts",
+        out=request.out or recipe.run_folder / "samples" / folder_name(prompts),
         prompts=tuple(prompts),
         height=use.height,
         width=use.width,
@@ -192,13 +214,22 @@ def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
     )
 
 
+def folder_name(prompts: Sequence[str]) -> str:
+    """The first prompt, readable, and a digest of all: other prompts get another folder."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:40]
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:6]
+    return f"prompts-{words}-{digest}"
+
+
 def chosen_weights(recipe: Recipe, request: SampleRequest) -> tuple[Weights, ...]:
     for name in request.weights:
         if name not in get_args(Weights):
             raise BadRecipe(f"--weights {name}: choose from {', '.join(get_args(Weights))}")
     if request.compare:
         return ("base", "lifted", "ema" if recipe.finetune.ema else "raw")
-    given: tuple[Any, ...] = request.weights or ("ema" if recipe.finetune.ema else "raw",)
+    given: tuple[Any, ...] = tuple(dict.fromkeys(request.weights)) or (
+        "ema" if recipe.finetune.ema else "raw",
+    )
     return given
 
 

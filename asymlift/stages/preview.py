@@ -19,12 +19,13 @@ from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.data.pictures import decode_image, encode_png, float_to_image, image_to_float
 from asymlift.errors import BadRecipe, Unavailable
 from asymlift.families.base import Family, Text
-from asymlift.model.loading import load_transformer
+from asymlift.model.loading import load_pipeline_parts, load_transformer
 from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
 from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
 from asymlift.recipe import Recipe, SampleSection
 from asymlift.report.pictures import grid_png
+from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import warn
 from asymlift.stages.locate import base_folder
@@ -103,8 +104,8 @@ class Previews:
         self.canvas, self.batch = canvas_of(recipe, lifted, family), recipe.sample.batch
         self.texts, self.null_text = encoders.for_all(self.prompts), encoders.null_text
         self.folder = recipe.run_folder / "samples"
-        if ranks.first and self.read_row(BASE) is None:
-            self.draw_base(recipe, encoders)
+        if dist.first_does(ranks, lambda: self.read_row(BASE) is None):
+            self.draw_base(recipe)
 
     @classmethod
     def begin(
@@ -121,35 +122,47 @@ class Previews:
             return None
         return cls(recipe, lifted, family, ranks, device, encoders)
 
-    def draw_base(self, recipe: Recipe, encoders: Encoders) -> None:
+    def draw_base(self, recipe: Recipe) -> None:
         """The row of the latent base, once, from the noise that the pixel model sees."""
         try:
             base = base_folder(recipe)
         except Unavailable as missing:
             warn(f"previews without the row of the base: {missing}")
             return
+        paint = dist.all_do(self.ranks, lambda: self.base_painter(recipe, base))
+        self.keep(BASE, self.drawn_by_all(paint))
+
+    def base_painter(self, recipe: Recipe, base: Path) -> Painter:
         full = recipe.finetune.precision == "float32"
-        precision = None if full else torch.bfloat16
         net = load_transformer(base, self.family, dtype=torch.float32 if full else "stored")
+        precision = None if full else torch.bfloat16
         flow = LatentFlow(net.to(self.device), self.family, self.lifted.geometry, precision)
-        vae = encoders.pipeline.vae
-        paint = latent_painter(flow, vae, self.lifted, self.canvas, self.device)
-        self.write_row(BASE, self.draw(paint, range(len(self.texts))))
+        vae = load_pipeline_parts(self.lifted.folder, ["vae"])["vae"].to(self.device)
+        return latent_painter(flow, vae, self.lifted, self.canvas, self.device)
 
     @torch.no_grad()
     def show(self, step: int, flow: PixelFlow) -> None:
-        """Make this step's pictures. Every rank makes its share."""
-        # Every rank makes as many, or the ranks would part ways inside ZeRO-3.
+        """Make this step's pictures. Every rank has to call."""
+        with evaluating(flow):
+            images = self.drawn_by_all(pixel_painter(flow, self.lifted, self.canvas))
+        if step == 0:
+            self.keep(LIFTED, images)
+        dist.first_does(self.ranks, lambda: self.write(step, images))
+
+    def drawn_by_all(self, paint: Painter) -> Tensor:
+        """The pictures of all prompts, on every rank; each draws its share."""
+        # Every rank draws as many, or the ranks would part ways inside ZeRO-3.
         world, count = self.ranks.world, len(self.texts)
         mine = [(self.ranks.rank + world * i) % count for i in range(-(-count // world))]
-        with evaluating(flow):
-            images = self.draw(pixel_painter(flow, self.lifted, self.canvas), mine)
+        images = self.draw(paint, mine)
         together = [images]
         if world > 1:
             together = [torch.empty_like(images) for _ in range(world)]
             td.all_gather(together, images)
-        if self.ranks.first:
-            self.write(step, torch.stack(together, dim=1).flatten(0, 1)[:count])
+        return torch.stack(together, dim=1).flatten(0, 1)[:count]
+
+    def keep(self, name: str, images: Tensor) -> None:
+        dist.first_does(self.ranks, lambda: self.write_row(name, images))
 
     def draw(self, paint: Painter, indices: Sequence[int]) -> Tensor:
         """(n, 3, H, W) uint8 of these prompts."""
@@ -173,8 +186,6 @@ class Previews:
 
     def write(self, step: int, images: Tensor) -> None:
         """PNG files, an index, and a grid with the two constant rows above."""
-        if step == 0:
-            self.write_row(LIFTED, images)
         name = f"step-{step:06d}"
         self.write_row(name, images)
         rows = {"latent base": self.read_row(BASE), "lifted": self.read_row(LIFTED)}

@@ -324,8 +324,63 @@ def test_a_file_asks_for_a_stop_and_the_run_goes_on(recipe, alone):
     with pytest.raises(StoppedEarly, match="stopped by a save_quit file after step 1 of 8") as stop:
         finetune(load_recipe(recipe, [name, "finetune.zero.stage=2"]), ALONE)
     assert stop.value.exit == Exit.RESUMABLE
-    ask.unlink()
+    assert not ask.exists()  # or the next run would stop at once
     report = finetune(load_recipe(recipe, [name, "finetune.zero.stage=2"]), ALONE)
 
     assert report.resumed_from == 1
     assert report.last["loss"] == alone["full-2"]["metrics"][-1]["loss"]
+
+
+def test_what_ends_one_rank_ends_all_with_the_same_message(recipe, alone):
+    """All checkpoints damaged, which rank 0 alone sees; then a shard that is gone."""
+    name = another_run(recipe, "pair-damaged")
+    folder = recipe.parent / "pair-damaged" / "checkpoints"
+    shutil.copytree(recipe.parent / "full-0" / "checkpoints", folder)
+    for manifest in folder.glob("*/manifest.json"):
+        manifest.write_text("{}")
+
+    for job, code, expected in (
+        ([name], Exit.BAD_DATA, "all checkpoints in it are damaged"),
+        ([another_run(recipe, "pair-gone"), "data.train=gone.tar"], Exit.BAD_DATA, "no such shard"),
+    ):
+        _, codes, said = drive(recipe, [job], ranks=2)
+        assert codes == [code, code], said
+        assert all(expected in text and "Traceback" not in text for text in said)
+
+
+def test_latents_of_other_images_are_refused_before_training(recipe, tmp_path):
+    reader = ShardReader()
+    index = index_shard(recipe.parent / "shards" / "000000.tar")
+    read = [reader.read(sample) for sample in index.samples]
+    for sample, other in zip(read, [*read[1:], read[0]], strict=True):
+        sample.latent = reader.read(index.samples[[s.key for s in read].index(other.key)]).latent
+    write_shard(tmp_path / "000000.tar", read)
+    overrides = [another_run(recipe, "mispaired"), f"data.train={tmp_path}/000000.tar"]
+
+    with pytest.raises(BadData, match="belong to other images, another VAE"):
+        finetune(load_recipe(recipe, overrides), ALONE)
+
+
+def test_an_embedding_of_another_encoder_is_a_bad_sample(recipe, tmp_path):
+    reader = ShardReader()
+    index = index_shard(recipe.parent / "shards" / "000000.tar")
+    read = [reader.read(sample) for sample in index.samples]
+    read[3].text = {"encoder_hidden_states": torch.zeros(7, 3)}
+    write_shard(tmp_path / "000000.tar", read)
+    overrides = [another_run(recipe, "foreign-text"), f"data.train={tmp_path}/000000.tar"]
+
+    report = finetune(load_recipe(recipe, [*overrides, "finetune.steps=3"]), ALONE)
+
+    assert report.num_bad_samples == 1
+
+
+def test_pictures_smaller_than_a_patch_are_named_and_counted(recipe, tmp_path):
+    reader = ShardReader()
+    index = index_shard(recipe.parent / "shards" / "000000.tar")
+    read = [reader.read(sample) for sample in index.samples]
+    read[0].image = read[0].image[:, :4, :4]
+    write_shard(tmp_path / "000000.tar", read)
+    overrides = [another_run(recipe, "small"), f"data.train={tmp_path}/000000.tar"]
+
+    with pytest.raises(BadData, match=r"1 of 24 samples cannot be used \(smaller than one patch 1"):
+        finetune(load_recipe(recipe, overrides), ALONE)
