@@ -58,6 +58,7 @@ def test_every_command_has_help(command):
         (["finetun"], Exit.USAGE, "No such command"),
         (["convert"], Exit.USAGE, "Missing argument"),
         (["inspect", "nowhere"], Exit.BAD_DATA, "nowhere: there is no such file or folder"),
+        (["sample", "x.yaml", "--num", "0"], Exit.USAGE, "--num"),
         (["verify", "nowhere"], Exit.BAD_DATA, "nowhere: there is no such file or folder"),
     ],
 )
@@ -219,3 +220,31 @@ def test_what_is_not_our_fault_keeps_its_traceback():
     )
     assert result.returncode == Exit.UNEXPECTED
     assert "RuntimeError" in result.stderr
+
+
+def test_ctrl_c_and_our_own_mistakes_are_json_too(monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asymlift.cli.load_recipe", interrupted)
+    result = run("convert", "x.yaml", "--json")
+    assert result.exit_code == Exit.INTERRUPTED
+    assert "run the same command again" in json.loads(result.stdout)["error"]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("asymlift.cli.load_recipe", broken)
+    result = run("convert", "x.yaml", "--json")
+    assert result.exit_code == Exit.UNEXPECTED
+    assert json.loads(result.stdout) == {"error": "RuntimeError: ours", "exit": 1}
+
+
+def test_other_prompts_go_to_another_folder(recipe):
+    wanted = ["--weights", "lifted", "--dry-run", "--json"]
+    folders = {
+        json.loads(run("sample", recipe, "--prompt", text, *wanted).stdout)["checks"]["would write"]
+        for text in ("a red disc", "a red disc!", "a teal cross")
+    }
+    assert len(folders) == 3
+    assert any("prompts-a-teal-cross-" in folder for folder in folders)

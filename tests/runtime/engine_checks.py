@@ -251,7 +251,7 @@ def everything() -> dict[str, Any]:
     values = torch.tensor([1.0, 2.0])
     facts["dist"] = {
         "summed": dist.summed(values).tolist(),
-        "from first": dist.from_first(ranks, "x"),
+        "from first": dist.first_does(ranks, lambda: "x"),
         "barrier": dist.barrier(),
     }
     return facts

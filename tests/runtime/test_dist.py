@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from asymlift.errors import UserError
+from asymlift.errors import BadData, Exit, UserError
 from asymlift.runtime import dist
-from asymlift.runtime.dist import Ranks, device_for, discover, from_first, join, summed
+from asymlift.runtime.dist import Ranks, device_for, discover, first_does, join, summed
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -70,12 +70,46 @@ def test_a_rank_computes_on_its_own_gpu_or_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_for(Ranks(3, 4, 3)) == torch.device("cpu") and chosen == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert device_for(Ranks(7, 8, 3)) == torch.device("cuda", 3) and chosen == [3]
+    with pytest.raises(UserError, match=r"LOCAL_RANK=4, but this machine shows 4 GPU\(s\)"):
+        device_for(Ranks(4, 8, 4))
 
 
 def test_alone_everything_is_already_agreed_on():
     values = torch.tensor([1.0, 2.0])
     assert summed(values) is values and values.tolist() == [1, 2]
-    assert from_first(Ranks(0, 1, 0), "mine") == "mine"
+    assert first_does(Ranks(0, 1, 0), lambda: "mine") == "mine"
     dist.barrier()
     dist.leave()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_launcher_that_does_not_set_rank_is_refused(monkeypatch, variable):
+    """Each of its tasks would take itself for the only one, in the same folder."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, "4")
+
+    with pytest.raises(UserError, match="started 4 tasks, but RANK is not set"):
+        dist.discover()
+    monkeypatch.setenv("RANK", "0")
+    assert dist.discover().world == 1
+
+
+def test_alone_what_one_rank_does_is_what_all_do():
+    alone = dist.Ranks(0, 1, 0)
+
+    def fail() -> None:
+        raise BadData("broken")
+
+    assert dist.first_does(alone, lambda: 7) == dist.all_do(alone, lambda: 7) == 7
+    for together in (dist.first_does, dist.all_do):
+        with pytest.raises(BadData, match="broken"):
+            together(alone, fail)
+    dist.share_error(alone, None)
+
+
+def test_an_error_of_another_rank_keeps_its_message_and_its_exit_code():
+    error = dist.again(dist.described(BadData("a shard is gone")))
+
+    assert (str(error), error.exit) == ("a shard is gone", Exit.BAD_DATA)

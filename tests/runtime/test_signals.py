@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from asymlift.errors import Exit
-from asymlift.runtime.signals import SAVE_QUIT, StopRequest, stop_requests
+from asymlift.errors import Exit, StoppedEarly
+from asymlift.runtime.signals import SAVE_QUIT, StopRequest, raising_on_signals, stop_requests
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -64,3 +64,24 @@ def test_a_file_does_not_change_the_reason_that_was_there(tmp_path):
     request = StopRequest(reason="SIGTERM")
     request.look_for_file(tmp_path)
     assert request.reason == "SIGTERM"
+
+
+def test_the_file_is_taken_away_once_it_was_obeyed(tmp_path):
+    request = StopRequest()
+    (tmp_path / SAVE_QUIT).touch()
+    request.obeyed(tmp_path)
+    request.obeyed(tmp_path)
+    request.look_for_file(tmp_path)
+    assert request.reason is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_work_that_loses_nothing_stops_at_once_with_a_message(number):
+    before = signal.getsignal(number)
+    with (
+        pytest.raises(StoppedEarly, match=signal.Signals(number).name) as stop,
+        raising_on_signals(),
+    ):
+        send(number)
+    assert stop.value.exit == Exit.RESUMABLE
+    assert signal.getsignal(number) == before

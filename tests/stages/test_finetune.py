@@ -384,3 +384,14 @@ def test_pictures_smaller_than_a_patch_are_named_and_counted(recipe, tmp_path):
 
     with pytest.raises(BadData, match=r"1 of 24 samples cannot be used \(smaller than one patch 1"):
         finetune(load_recipe(recipe, overrides), ALONE)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_updates_that_are_not_finite_are_left_out_and_then_end_the_run(recipe, stage, capfd):
+    overrides = [another_run(recipe, f"diverged-{stage}"), f"finetune.zero.stage={stage}"]
+    overrides += ["finetune.optimizer.lr=1e30", "finetune.schedule.warmup=0"]
+
+    with pytest.raises(BadData, match="5 updates in a row were not finite"):
+        finetune(load_recipe(recipe, overrides), ALONE)
+
+    assert capfd.readouterr().err.count("the update was left out") == 4
