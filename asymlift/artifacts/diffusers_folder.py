@@ -75,52 +75,15 @@ class DiffusersFolder:
 
     def index_path(self, component: str) -> Path | None:
         """The JSON index of a component whose weights are in shards; None if there is none."""
-        paths = [self.folder(component) / f"{stem}.safetensors.index.json" for stem in STEMS]
-        return next((path for path in paths if path.is_file()), None)
+        return index_path(self.folder(component))
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, sorted by name; pickles are refused."""
-        folder = self.folder(component)
-        index = self.index_path(component)
-        if index is not None:
-            names = sorted(set(read_index(index)["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise BadData(f"{folder}: {missing[0]} is missing, {index.name} names it.")
-            return [folder / name for name in names]
-        for stem in STEMS:
-            if (folder / f"{stem}.safetensors").is_file():
-                return [folder / f"{stem}.safetensors"]
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        if pickles:
-            raise BadData(
-                f"{folder / pickles[0]}: a pickle, which can run code when it is read. "
-                "Only safetensors are read: save it again with safe_serialization=True."
-            )
-        raise BadData(
-            f"{folder}: no weights called diffusion_pytorch_model.safetensors here, nor an "
-            "index of shards."
-        )
+        return weight_files(self.folder(component))
 
     def headers(self, component: str) -> dict[Path, Header]:
         """Every weight file of a component with its tensors, checked against the index."""
-        headers = {path: read_header(path) for path in self.weight_files(component)}
-        found: dict[str, str] = {}
-        for path, header in headers.items():
-            for name in header.tensors:
-                if name in found:
-                    raise BadData(f"{path}: {name} is in {found[name]} too.")
-                found[name] = path.name
-        index = self.index_path(component)
-        if index is not None:
-            weight_map = read_index(index)["weight_map"]
-            for name in sorted(found.keys() | weight_map.keys()):
-                if found.get(name) != weight_map.get(name):
-                    raise BadData(
-                        f"{index}: says that {name} is in {weight_map.get(name, 'no file')}, "
-                        f"but it is in {found.get(name, 'no file')}."
-                    )
-        return headers
+        return weight_headers(self.folder(component))
 
     @cached_property
     def license(self) -> str | None:
@@ -167,6 +130,58 @@ def _digest(path: Path) -> str:
         raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
 
 
+def index_path(folder: Path) -> Path | None:
+    """The JSON index of a component's folder whose weights are in shards."""
+    paths = [folder / f"{stem}.safetensors.index.json" for stem in STEMS]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component's folder, sorted by name; pickles are refused."""
+    index = index_path(folder)
+    if index is not None:
+        names = sorted(set(read_index(index)["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise BadData(f"{folder}: {missing[0]} is missing, {index.name} names it.")
+        return [folder / name for name in names]
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise BadData(
+            f"{folder / pickles[0]}: a pickle, which can run code when it is read. "
+            "Only safetensors are read: save it again with safe_serialization=True."
+        )
+    raise BadData(
+        f"{folder}: no weights called diffusion_pytorch_model.safetensors here, nor an "
+        f"index of shards. It holds: {', '.join(names[:5]) or 'nothing'}."
+    )
+
+
+def weight_headers(folder: Path) -> dict[Path, Header]:
+    """Every weight file of a component's folder with its tensors, checked against the index."""
+    headers = {path: read_header(path) for path in weight_files(folder)}
+    found: dict[str, str] = {}
+    for path, header in headers.items():
+        for name in header.tensors:
+            if name in found:
+                raise BadData(f"{path}: {name} is in {found[name]} too.")
+            found[name] = path.name
+    index = index_path(folder)
+    if index is not None:
+        weight_map = read_index(index)["weight_map"]
+        for name in sorted(found.keys() | weight_map.keys()):
+            if found.get(name) != weight_map.get(name):
+                raise BadData(
+                    f"{index}: says that {name} is in {weight_map.get(name, 'no file')}, "
+                    f"but it is in {found.get(name, 'no file')}."
+                )
+    return headers
+
+
 def read_index(path: Path) -> dict[str, Any]:
     """A weights index whose file names are plain: none leads out of its folder."""
     index = read_json(path)
@@ -196,6 +211,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BadData(f"{path}: there is no such file; is {path.parent} whole?") from None
     except OSError as error:
         raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:

@@ -3,8 +3,7 @@
 Never from the network, never a pickle, never code that came with the checkpoint.
 """
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from asymlift.artifacts.diffusers_folder import check_component_name
+from asymlift.artifacts.diffusers_folder import (
+    check_component_name,
+    read_json,
+    weight_files,
+    weight_headers,
+)
+from asymlift.artifacts.safetensors_stream import Header
 from asymlift.errors import BadData, Unavailable
 from asymlift.families.base import Family
 from asymlift.runtime import third_party
 
-STEM = "diffusion_pytorch_model"
 LIBRARIES = ("diffusers", "transformers")  # where the classes of a pipeline may come from
 SHOWN = 5  # names in a message
 
@@ -33,20 +37,19 @@ def load_transformer(
     float32 maps around a bf16 trunk. The weights are mapped from the files, not copied.
     """
     folder = _existing_folder(Path(folder)) / "transformer"
-    config = _read_json(_existing_folder(folder) / "config.json")
+    config = read_json(_existing_folder(folder) / "config.json")
     expected = family.transformer.rpartition(":")[2]
     if config.get("_class_name") != expected:
         raise BadData(
             f"{folder}: holds a {config.get('_class_name')}, "
             f"but family {family.name} is a {expected}"
         )
-    where = _find_tensors(folder)
+    headers = weight_headers(folder)
     with _NoInit():  # built for real, so that tables which are no weights are right
         net: nn.Module = _transformer_class(family).from_config(config)
-    _check_names_and_shapes(folder, net, where)
-    for path in sorted(set(where.values())):
-        names = [name for name, file in where.items() if file == path]
-        net.load_state_dict(_read_tensors(path, names, dtype), strict=False, assign=True)
+    _check_names_and_shapes(folder, net, headers)
+    for path, header in headers.items():
+        net.load_state_dict(_read_tensors(path, header.tensors, dtype), strict=False, assign=True)
     if isinstance(dtype, torch.dtype):
         net.to(dtype)
     return net.eval()
@@ -60,7 +63,7 @@ def load_pipeline_parts(
     A component that model_index.json lists as null is None.
     """
     folder = _existing_folder(Path(folder))
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     return {name: _load_part(folder, index, name, dtype) for name in names}
 
 
@@ -75,7 +78,7 @@ def load_pipeline(
     `components` are those to load (default: all but the transformer); the others are None.
     """
     folder = _existing_folder(Path(folder))
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     parts = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2}
     wanted = parts - {"transformer"} if components is None else components
     settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
@@ -192,7 +195,7 @@ def _load_part(folder: Path, index: Mapping[str, Any], name: str, dtype: Any) ->
     is_model = issubclass(part, nn.Module)
     options: dict[str, Any] = {"local_files_only": True}
     if is_model:
-        _refuse_pickle(place)
+        weight_files(place)  # a pickle is refused
         options |= {"use_safetensors": True, "output_loading_info": True}
         if dtype is not None:
             options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
@@ -219,76 +222,9 @@ def _existing_folder(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BadData(f"{path}: no such file; is {path.parent} a whole diffusers folder?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadData(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadData(f"{path}: not a JSON object")
-    return content
-
-
-def _refuse_pickle(folder: Path) -> None:
-    """A folder without safetensors is refused, by the name of what it has instead."""
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(
-        p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind)
-    )
-    if pickles:
-        raise BadData(
-            f"{folder}: has only pickled weights ({_some(pickles)}), which can run any code; "
-            "save them as safetensors (save_pretrained with safe_serialization=True)"
-        )
-    raise BadData(f"{folder}: no weights (*.safetensors) in it")
-
-
-def _find_tensors(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor: a single file, or the shards of an index."""
-    index, single = folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadData(f"{index}: no weight_map in it")
-        bad = sorted({str(f) for f in weight_map.values() if Path(str(f)).name != f})
-        if bad:
-            raise BadData(f"{index}: {_some(bad)} is no plain file name")
-        where = {name: folder / file for name, file in weight_map.items()}
-    elif single.is_file():
-        where = dict.fromkeys(_stored_shapes(single), single)
-    else:
-        _refuse_pickle(folder)
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-        raise BadData(f"{folder}: no {single.name} or {index.name}; it has {_some(names)}")
-    for path in sorted(set(where.values())):
-        promised = {name for name, file in where.items() if file == path}
-        stored = set(_stored_shapes(path))
-        if promised != stored:
-            raise BadData(
-                f"{path}: does not hold the tensors its index promises: "
-                f"{_some(sorted(promised ^ stored))}"
-            )
-    return where
-
-
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        raise BadData(f"{path}: no such file; the index beside it names it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise BadData(f"{path}: not a whole safetensors file: {error}") from error
-
-
-def _check_names_and_shapes(folder: Path, net: nn.Module, where: Mapping[str, Path]) -> None:
+def _check_names_and_shapes(folder: Path, net: nn.Module, headers: Mapping[Path, Header]) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    stored: dict[str, tuple[int, ...]] = {}
-    for path in sorted(set(where.values())):
-        stored |= _stored_shapes(path)
+    stored = {name: info.shape for h in headers.values() for name, info in h.tensors.items()}
     problems = []
     if missing := sorted(wanted.keys() - stored.keys()):
         problems.append(f"missing: {_some(missing)}")
@@ -305,7 +241,7 @@ def _check_names_and_shapes(folder: Path, net: nn.Module, where: Mapping[str, Pa
 
 
 def _read_tensors(
-    path: Path, names: Collection[str], dtype: Literal["stored"] | torch.dtype
+    path: Path, names: Iterable[str], dtype: Literal["stored"] | torch.dtype
 ) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in names}

@@ -11,7 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from asymlift.errors import BadData, Unavailable
 from asymlift.families import FAMILIES
-from asymlift.model.loading import load_pipeline, load_pipeline_parts, load_transformer
+from asymlift.model.loading import (
+    load_pipeline,
+    load_pipeline_parts,
+    load_transformer,
+)
 from tests.tiny import lifted_pair, tiny_pipeline, tiny_transformer, write_pipeline
 
 FLUX2 = FAMILIES["flux2"]
@@ -128,10 +132,12 @@ def test_a_broken_config_is_named(folder):
     with pytest.raises(BadData, match=r"config\.json: not JSON"):
         load_transformer(folder, FLUX2)
     config.write_text("[]")
-    with pytest.raises(BadData, match=r"config\.json: not a JSON object"):
+    with pytest.raises(BadData, match=r"config\.json: holds list, not a JSON object"):
         load_transformer(folder, FLUX2)
     config.unlink()
-    with pytest.raises(BadData, match=r"config\.json: no such file"):
+    with pytest.raises(
+        BadData, match=r"config\.json: there is no such file; is .*transformer whole"
+    ):
         load_transformer(folder, FLUX2)
 
 
@@ -162,20 +168,20 @@ def test_many_missing_weights_are_counted(folder):
 def test_a_truncated_file_is_named(folder):
     path = folder / "transformer" / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadData, match=rf"{WEIGHTS}: not a whole safetensors file"):
+    with pytest.raises(BadData, match=rf"{WEIGHTS}: \d+ bytes long, .* cut short or damaged"):
         load_transformer(folder, FLUX2)
 
 
 def test_pickled_weights_are_refused(folder):
     (folder / "transformer" / WEIGHTS).rename(folder / "transformer" / "model.bin")
-    with pytest.raises(BadData, match=r"only pickled weights \(model\.bin\), which can run any"):
+    with pytest.raises(BadData, match=r"model\.bin: a pickle, which can run code"):
         load_transformer(folder, FLUX2)
 
 
 def test_no_weights_and_weights_of_another_name_are_told_apart(folder):
     path = folder / "transformer" / WEIGHTS
     path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(BadData, match=r"it has diffusion_pytorch_model\.fp16\.safetensors"):
+    with pytest.raises(BadData, match=r"It holds: .*, diffusion_pytorch_model\.fp16\.safetensors"):
         load_transformer(folder, FLUX2)
     path.with_name("diffusion_pytorch_model.fp16.safetensors").unlink()
     with pytest.raises(BadData, match="no weights"):
@@ -193,7 +199,7 @@ def test_a_missing_shard_is_named(folder):
     index, content = sharded(folder)
     name = content["weight_map"]["proj_out.weight"]
     (index.parent / name).unlink()
-    with pytest.raises(BadData, match=rf"{name}: no such file"):
+    with pytest.raises(BadData, match=rf"{name} is missing, .*index\.json names it"):
         load_transformer(folder, FLUX2)
 
 
@@ -204,7 +210,7 @@ def test_an_index_that_promises_too_much_is_refused(folder):
         last if content["weight_map"]["proj_out.weight"] == first else first
     )
     index.write_text(json.dumps(content))
-    with pytest.raises(BadData, match=r"does not hold .* promises: proj_out\.weight"):
+    with pytest.raises(BadData, match=r"says that proj_out\.weight is in .*, but it is in"):
         load_transformer(folder, FLUX2)
 
 
@@ -339,9 +345,10 @@ def test_a_component_without_files_is_refused(whole, tmp_path, part):
         load_pipeline_parts(copy, [part])
 
 
-def test_a_pickled_component_is_refused(whole, tmp_path):
+@pytest.mark.parametrize("suffix", [".bin", ".pkl", ".pickle"])
+def test_a_pickled_component_is_refused(whole, tmp_path, suffix):
     copy = changed(whole, tmp_path, "unused", None)
     (path,) = (copy / "vae").glob("*.safetensors")
-    path.rename(path.with_suffix(".bin"))
-    with pytest.raises(BadData, match="only pickled weights"):
+    path = path.rename(path.with_suffix(suffix))
+    with pytest.raises(BadData, match=rf"{path.name}: a pickle"):
         load_pipeline_parts(copy, ["vae"])
