@@ -97,13 +97,32 @@ class _Float32Linear(nn.Linear):
 
 
 class _Float32Conv2d(nn.Conv2d):
-    """Likewise."""
+    """Likewise. On a GPU a convolution would not: cuDNN takes TensorFloat32 unless told not to."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
-            out: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
+            if self._maps_patches():
+                return _map_patches(x.float(), self.weight.float(), bias)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                out: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
             return out
+
+    def _maps_patches(self) -> bool:
+        """Whether it is one linear map of every patch, as the first map of a transformer is."""
+        apart = self.kernel_size == self.stride and self.padding == (0, 0)
+        return apart and self.dilation == (1, 1) and self.groups == 1
+
+
+def _map_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of x (B, C, H, W) whose stride is its kernel, as a matrix product.
+
+    What is left over at the lower and right edges is dropped, as a convolution drops it.
+    """
+    ph, pw = weight.shape[2:]
+    patches = functional.unfold(x, (ph, pw), stride=(ph, pw)).mT  # (B, h w, C ph pw)
+    out = functional.linear(patches, weight.flatten(1), bias).mT
+    return out.reshape(len(x), len(weight), x.shape[2] // ph, x.shape[3] // pw)
 
 
 class _RoundedLinear(_Float32Linear):
