@@ -184,7 +184,7 @@ def _check_basis(
     if color is None:
         raise BadData(
             f"{plan.basis}: does not say in which colour space it was fitted. Give `color` in "
-            "the recipe (published bases: oklab, mean [0.56, 0.0, 0.01], std 0.16)."
+            "the recipe as numbers (published: oklab, mean [0.56, 0.0, 0.01], std 0.16)."
         )
     if plan.color not in (None, color):
         raise BadData(f"{plan.basis}: was fitted in {color}, the recipe says {plan.color}.")
