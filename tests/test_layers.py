@@ -12,11 +12,15 @@ import asymlift
 PACKAGE = Path(asymlift.__file__).parent
 
 MATHS = {*sys.stdlib_module_names, "torch", "einops"}
-LAYERS = {"model", "artifacts", "runtime", "report"}
-FORBIDDEN = {  # folder -> parts of the package it must not import
-    "families": {*LAYERS, "embedded", "stages", "cli"},
-    "data": {*LAYERS, "embedded", "stages", "cli"},
-    **{folder: {"stages", "cli"} for folder in (*LAYERS, "embedded")},
+UPPER = {"embedded", "stages", "cli"}
+FORBIDDEN = {  # folder -> parts of the package it must not import: each stands on those before it
+    "families": {"report", "artifacts", "runtime", "model", *UPPER},
+    "data": {"report", "artifacts", "runtime", "model", *UPPER},
+    "report": {"artifacts", "runtime", "model", *UPPER},
+    "artifacts": {"runtime", "model", *UPPER},
+    "runtime": {"model", *UPPER},
+    "model": UPPER,
+    "embedded": {"model", "stages", "cli"},
 }
 
 

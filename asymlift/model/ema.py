@@ -6,13 +6,9 @@ Under ZeRO-3 a rank holds a shard of each parameter and averages that shard; not
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-
-def local_shard(parameter: nn.Parameter) -> Tensor:
-    """What this rank stores of a parameter: all of it, or its ZeRO-3 shard."""
-    shard: Tensor = getattr(parameter, "ds_tensor", parameter).data
-    return shard
+from asymlift.runtime.parameters import local_shard
 
 
 class Ema:

@@ -6,7 +6,7 @@ Everything that trains is float32. Roles name groups of parameters for learning 
 
 import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from asymlift.errors import BadRecipe
 from asymlift.families.base import Family, matching_modules
 from asymlift.model.reference import Twin
+from asymlift.runtime.parameters import Trainable
 
 ADAPTER = "default"  # peft's name for the one adapter
 
@@ -26,19 +27,6 @@ class Adapters:
     alpha: float
     dropout: float
     targets: tuple[str, ...]  # patterns of module paths, `*` stands for anything
-
-
-@dataclass
-class Trainable:
-    """Names are those of the transformer's own state dict (plus `.lora_A`, `.lora_B`)."""
-
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
-    adapted: list[str] = field(default_factory=list)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters.values())
 
 
 def plain_name(name: str) -> str:

@@ -18,9 +18,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from asymlift.model.ema import local_shard
-from asymlift.model.trainable import Trainable
 from asymlift.runtime.dist import Ranks
+from asymlift.runtime.parameters import Trainable, local_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOWER_PRECISION_MODULES = ["torch.nn.Linear", "torch.nn.Conv2d"]  # exact classes: not the maps

@@ -11,9 +11,10 @@ from asymlift.families.base import Family
 from asymlift.model.loading import load_transformer
 from asymlift.model.perceptual import Perceptual, load_lpips
 from asymlift.model.pixel_flow import PixelFlow
-from asymlift.model.trainable import Adapters, Trainable, train_everything, train_parts
+from asymlift.model.trainable import Adapters, train_everything, train_parts
 from asymlift.model.training_step import LossConstants, TrainingStep
 from asymlift.recipe import FinetuneSection
+from asymlift.runtime.parameters import Trainable
 
 
 def adapters_of(settings: FinetuneSection, family: Family) -> Adapters | None:

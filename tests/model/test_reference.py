@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from asymlift.families import FAMILIES
 from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.reference import Twin, as_reference
-from asymlift.model.trainable import Adapters, Trainable, train_parts
+from asymlift.model.trainable import Adapters, train_parts
+from asymlift.runtime.parameters import Trainable
 from tests.tiny import GRID, Pair, lifted_pair
 
 NUM = GRID[0] * GRID[1]

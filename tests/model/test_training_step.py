@@ -14,8 +14,9 @@ from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import tokens_to_image
 from asymlift.model import training_step
 from asymlift.model.pixel_flow import PixelFlow
-from asymlift.model.trainable import Adapters, Trainable, train_parts
+from asymlift.model.trainable import Adapters, train_parts
 from asymlift.model.training_step import Batch, LossConstants, TrainingStep
+from asymlift.runtime.parameters import Trainable
 from tests.tiny import lifted_pair, tiny_text
 
 GRID = (2, 3)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymlift.model.ema import local_shard
-from asymlift.model.trainable import Trainable
 from asymlift.runtime import dist
 from asymlift.runtime.engine import Engine, EngineSettings
+from asymlift.runtime.parameters import Trainable, local_shard
 
 # Small models stay whole under ZeRO-3 unless these are 0, and that hides bugs.
 STRICT = {
