@@ -5,9 +5,10 @@ DELIBERATELY WEAK: trained short, it loses textures and letters, so a pixel mode
 beats it clearly. That shows the machinery; it is no evidence about real VAEs. For an honest
 comparison use `tiny-good-vae`: same data, same sizes, a VAE trained for much longer.
 
-`python -m asymlift.embedded.build OUT_DIR` makes models of the same kind from a seed, not these
-files: the VAEs and feature nets here come from an earlier program, whose VAEs found a code that a
-linear basis fits (R2 0.70) by luck. The build leads its VAEs to one, so its R2 is higher.
+`python -m asymlift.embedded.build OUT_DIR --variant weak` made `tiny` from seed 0, with the feature
+nets that are here. Those nets, and the VAE of `tiny-good-vae`, come from an earlier program; the
+build makes their kind too. It leads a VAE to a code that a linear basis fits, so an R2 of 0.9 is
+by construction and says nothing about real VAEs, either.
 """
 
 from pathlib import Path

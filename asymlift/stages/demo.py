@@ -53,6 +53,7 @@ NUM_PROMPTS = 256
 NUM_REFERENCE = 2048  # real scenes that nothing was trained on
 TRAIN_SEED, VALIDATION_SEED, PROMPT_SEED, REFERENCE_SEED = 0, 1, 99, 555
 ENCODED_AT_ONCE = 128
+TABLE_WIDTH = 100  # also where there is no terminal that has one
 SHOWN, SCALE = 12, 3  # pictures per row of a grid, and how much they are enlarged
 
 ROWS = {  # weights as `sample` names them -> as the table does
@@ -363,12 +364,14 @@ def show(report: DemoReport, *, as_json: bool) -> None:
     if as_json:
         log.print_json(asdict(report))
         return
+    from rich.console import Console
     from rich.table import Table
 
     shown = Table(*HEADER, box=None, pad_edge=False)
     for row, *values in score_rows(report.scores):
         shown.add_row(row, f"{values[0]:.1f}", *(f"{value:.3f}" for value in values[1:]))
-    log.console.print(shown, width=110)
+    if not log.console.quiet:
+        Console(stderr=True, width=max(log.console.width, TABLE_WIDTH)).print(shown)
     for gate in report.gates:
         log.say(f"{'ok    ' if gate.kept else 'BROKEN'} {gate.promise}: {gate.found}")
     total = sum(report.seconds.values())
