@@ -248,3 +248,17 @@ def test_other_prompts_go_to_another_folder(recipe):
     }
     assert len(folders) == 3
     assert any("prompts-a-teal-cross-" in folder for folder in folders)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(recipe):
+    result = run("fit-basis", recipe, "--set", "runs=/proc/nowhere")
+
+    assert result.exit_code == Exit.CANNOT_WRITE
+    assert "/proc/nowhere/run: cannot be made" in result.output
+
+
+def test_a_basis_with_few_judges_says_so(recipe, tmp_path):
+    few = ["--set", f"runs={tmp_path}", "--set", "basis.holdout=4"]
+
+    assert "only 4 image(s) judge it: too few to trust" in run("fit-basis", recipe, *few).output
+    assert "too few to trust" not in run("fit-basis", recipe).output

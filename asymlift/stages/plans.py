@@ -266,14 +266,19 @@ def quiet_unless_first(ranks: dist.Ranks) -> None:
         log.set_verbosity(-1)
 
 
+FEW_JUDGES = 16  # below that a held-out R2 says little
+
+
 def describe_basis(report: BasisReport) -> list[str]:
     score = report.score
+    few = report.num_judges < FEW_JUDGES
     return [
         f"{'already there: ' if report.already_done else 'wrote '}{report.path}: rank "
         f"{report.rank}, patches of {report.patch} pixels, s = {report.s:.4f}",
         f"fit: {report.verdict} (provisional thresholds: good from R2 0.5, marginal from 0)",
         f"held-out images: R2 {score.r2:.3f} x captured energy {score.captured:.3f} = explained "
         f"{score.explained:.3f}",
+        *([f"only {report.num_judges} image(s) judge it: too few to trust"] if few else []),
         f"see {report.page}",
     ]
 

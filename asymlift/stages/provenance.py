@@ -11,6 +11,7 @@ import yaml
 from asymlift import __version__
 from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json, digest_json
+from asymlift.errors import CannotWrite
 from asymlift.recipe import Recipe
 
 LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "lpips", "safetensors")
@@ -32,7 +33,10 @@ def record(recipe: Recipe, command: str) -> None:
     """Write config.yaml, and add the command to run.json."""
     folder = recipe.run_folder
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:  # a file system that makes no folders
+            raise CannotWrite(f"{folder}: cannot be made; choose another `runs` folder") from None
     resolved = json.loads(recipe.model_dump_json())
     text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
     write_bytes_atomically(folder / CONFIG, text.encode())
