@@ -217,6 +217,10 @@ def sample(
 @command("demo")
 def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    model: Annotated[
+        Literal["tiny", "tiny-good-vae"],
+        typer.Option(help="tiny-good-vae: an honest comparison, which promises no gain."),
+    ] = "tiny",
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -224,7 +228,7 @@ def demo(
     """Port the embedded tiny model to pixels and show that it beats its base."""
     from asymlift.stages import demo as stage
 
-    report = stage.demo(out)
+    report = stage.demo(out, model=model)
     stage.show(report, as_json=as_json)
     if stage.broken(report):
         raise typer.Exit(int(Exit.UNEXPECTED))

@@ -46,7 +46,7 @@ from asymlift.stages.plans import (
     run_sample,
 )
 
-MODEL = "tiny"
+WEAK, GOOD = "tiny", "tiny-good-vae"  # the embedded models
 TRAIN_SHARDS, SHARD_SAMPLES = 4, 1024
 VALIDATION_SAMPLES = 256
 NUM_PROMPTS = 256
@@ -93,13 +93,14 @@ def recipe_file(name: str) -> Path:
     raise BadData(f"recipes/{name} is neither in the package nor beside it; install asymlift again")
 
 
-def demo(out: Path, *, overrides: Sequence[str] = ()) -> DemoReport:
+def demo(out: Path, *, model: str = WEAK, overrides: Sequence[str] = ()) -> DemoReport:
     """Run everything; what is there from an earlier run is used, or gone on with."""
     torch.set_num_threads(1)  # the same sums, so the same pictures, on any number of cores
     recipe = load_recipe(
         recipe_file("tiny.yaml"),
         [
             f"name={out.name}",
+            f"model.base=embedded:{model}",
             f"runs={out.parent}",
             f"data.train={out}/shards/train/{{000000..{TRAIN_SHARDS - 1:06d}}}.tar",
             f"data.validation={out}/shards/validation/000000.tar",
@@ -107,17 +108,17 @@ def demo(out: Path, *, overrides: Sequence[str] = ()) -> DemoReport:
         ],
     )
     try:
-        return run_all(recipe, out)
+        return run_all(recipe, out, model)
     except CannotWrite as error:
         raise CannotWrite(
             f"{error}\nTo begin anew, remove {out}, or choose another --out."
         ) from None
 
 
-def run_all(recipe: Recipe, out: Path) -> DemoReport:
+def run_all(recipe: Recipe, out: Path, model: str) -> DemoReport:
     seconds: dict[str, float] = {}
     with timed(seconds, "shards"), writing(out):
-        write_shards(out / "shards")
+        write_shards(out / "shards", model)
     with timed(seconds, "fit-basis"):
         basis = run_fit_basis(recipe)
         assert basis is not None
@@ -130,12 +131,12 @@ def run_all(recipe: Recipe, out: Path) -> DemoReport:
         run_finetune(recipe)
     with timed(seconds, "sample"):
         prompts = make_scenes(range(NUM_PROMPTS), seed=PROMPT_SEED, size=IMAGE_SIZE)
-        pictures = sample_all(recipe, prompts)
+        pictures = sample_all(recipe, prompts, model)
     with timed(seconds, "measure"):
         scores = measure(pictures, prompts)
-    gates = check_gates(basis, conversion, scores)
+    gates = check_gates(basis, conversion, scores, beats_its_base=model == WEAK)
     report = DemoReport(out, out / "report.html", scores, gates, seconds)
-    write_report(report, recipe, pictures, basis, conversion)
+    write_report(report, recipe, pictures, basis, conversion, ABOUT[model])
     return report
 
 
@@ -155,7 +156,7 @@ def tell(lines: Sequence[str]) -> None:
 # ---- data --------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path) -> None:
+def write_shards(folder: Path, model: str = WEAK) -> None:
     """Scenes with their captions, latents and text embeddings; shards that are there stay."""
     jobs = [
         (folder / "train" / f"{number:06d}.tar", TRAIN_SEED, number * SHARD_SAMPLES, SHARD_SAMPLES)
@@ -166,7 +167,7 @@ def write_shards(folder: Path) -> None:
     if not missing:
         log.say("   all there already")
         return
-    encode = encoder()
+    encode = encoder(model)
     for path, seed, start, count in log.track(missing, "shards", len(missing)):
         scenes = make_scenes(range(start, start + count), seed=seed, size=IMAGE_SIZE)
         keys = [f"{seed}-{index:06d}" for index in range(start, start + count)]
@@ -176,9 +177,9 @@ def write_shards(folder: Path) -> None:
 Encode = Callable[[Scenes, Sequence[str]], Iterator[Sample]]
 
 
-def encoder() -> Encode:
+def encoder(model: str = WEAK) -> Encode:
     """The base's own VAE and text encoder, through its family, as for any model."""
-    family, pipeline = FAMILIES["flux2"], load_pipeline(MODELS[MODEL])
+    family, pipeline = FAMILIES["flux2"], load_pipeline(MODELS[model])
     text_length = load_recipe(recipe_file("tiny.yaml")).model.text_length
     known: dict[str, dict[str, Tensor]] = {}
 
@@ -214,7 +215,7 @@ def encoder() -> Encode:
 # ---- pictures and numbers ----------------------------------------------------------------------
 
 
-def sample_all(recipe: Recipe, prompts: Scenes) -> dict[str, Tensor]:
+def sample_all(recipe: Recipe, prompts: Scenes, model: str) -> dict[str, Tensor]:
     """Pictures (n, 3, S, S) in [-1, 1] of every row of the table, in the order of the prompts."""
     folder = recipe.run_folder / "samples" / "compare"
     captions = tuple(caption(row) for row in prompts.labels)
@@ -230,13 +231,13 @@ def sample_all(recipe: Recipe, prompts: Scenes) -> dict[str, Tensor]:
         for weights, row in ROWS.items()
     }
     real = prompts.image * 2 - 1
-    return {REAL: real, RECONSTRUCTION: reconstruct(real), **drawn}
+    return {REAL: real, RECONSTRUCTION: reconstruct(real, model), **drawn}
 
 
 @torch.no_grad()
-def reconstruct(image: Tensor) -> Tensor:
+def reconstruct(image: Tensor, model: str) -> Tensor:
     """What the VAE leaves of pictures."""
-    family, vae = FAMILIES["flux2"], load_pipeline(MODELS[MODEL], ["vae"]).vae.float()
+    family, vae = FAMILIES["flux2"], load_pipeline(MODELS[model], ["vae"]).vae.float()
     parts = torch.split(image, ENCODED_AT_ONCE)
     return torch.cat(
         [family.decode_latents(vae, family.encode_latents(vae, part)) for part in parts]
@@ -250,30 +251,38 @@ def measure(pictures: dict[str, Tensor], prompts: Scenes) -> dict[str, Scores]:
 
 
 def check_gates(
-    basis: BasisReport, conversion: ConvertReport, scores: dict[str, Scores]
+    basis: BasisReport,
+    conversion: ConvertReport,
+    scores: dict[str, Scores],
+    *,
+    beats_its_base: bool = True,
 ) -> list[Gate]:
-    """What the demo promises."""
+    """What the demo promises; to beat its base, only where the VAE is weak."""
     base, tuned = scores[ROWS["base"]], scores[ROWS["ema"]]
     texture = (base.accuracy_of["texture"], tuned.accuracy_of["texture"])
     parity = conversion.coupling.psnr if conversion.coupling else stored_parity(conversion.path)
-    return [
+    gates = [
         Gate(
             "sampling in pixels equals sampling in latents, above 100 dB",
             f"{parity:.1f} dB",
             parity > 100,
         ),
         Gate("held-out R2 of the basis above 0.6", f"{basis.r2:.3f}", basis.r2 > 0.6),
-        Gate(
-            "finetuned Frechet distance below half of the latent base's",
-            f"{tuned.frechet:.1f} against {base.frechet:.1f}",
-            tuned.frechet < base.frechet / 2,
-        ),
-        Gate(
-            "textures read off the finetuned pictures more often than off the base's",
-            f"{texture[1]:.3f} against {texture[0]:.3f}",
-            texture[1] > texture[0],
-        ),
     ]
+    if beats_its_base:
+        gates += [
+            Gate(
+                "finetuned Frechet distance below half of the latent base's",
+                f"{tuned.frechet:.1f} against {base.frechet:.1f}",
+                tuned.frechet < base.frechet / 2,
+            ),
+            Gate(
+                "textures read off the finetuned pictures more often than off the base's",
+                f"{texture[1]:.3f} against {texture[0]:.3f}",
+                texture[1] > texture[0],
+            ),
+        ]
+    return gates
 
 
 def stored_parity(lifted: Path) -> float:
@@ -304,12 +313,17 @@ def score_rows(
 
 # ---- what is left to look at -------------------------------------------------------------------
 
-ABOUT = (
-    "A tiny FLUX.2-type latent model of 32 x 32 scenes, ported to pixels on this machine. Its VAE "
-    "is deliberately weak: it loses textures and letters, and no latent model can bring back what "
-    "its VAE throws away. The lifted model starts as an exact copy of the latent one, seen through "
-    "the basis; finetuning adds the detail. All rows of pictures start from the same noise."
+METHOD = (
+    "The lifted model starts as an exact copy of the latent one, seen through the basis; "
+    "finetuning adds detail. All sampled rows start from the same noise."
 )
+ABOUT = {
+    WEAK: "A tiny FLUX.2-type latent model of 32 x 32 scenes, ported to pixels on this machine. "
+    "Its VAE is deliberately weak: it loses textures and letters, and no latent model can bring "
+    f"back what its VAE throws away. {METHOD}",
+    GOOD: "The same with a well-trained VAE, which throws little away: what a port gains here it "
+    f"gains honestly, in few steps and against a base that had many more. {METHOD}",
+}
 READING = (
     "Frechet: distance between feature statistics of 256 pictures and of 2048 real scenes; lower "
     "is better, and real images do not reach 0 at this count. Accuracy: how often a judge network, "
@@ -324,6 +338,7 @@ def write_report(
     pictures: dict[str, Tensor],
     basis: BasisReport,
     conversion: ConvertReport,
+    about: str,
 ) -> None:
     metrics = log.read_metrics(recipe.run_folder / "metrics.jsonl")
     grid = grid_png([(row, image[:SHOWN]) for row, image in pictures.items()], SCALE)
@@ -338,7 +353,7 @@ def write_report(
     )
     gates = [(gate.promise, gate.found, "kept" if gate.kept else "BROKEN") for gate in report.gates]
     sections = [
-        ("", paragraph(ABOUT) + headline),
+        ("", paragraph(about) + headline),
         ("Side by side", picture(grid, "The first prompts; every row from the same noise.")),
         ("Scores", table(score_rows(report.scores), HEADER) + paragraph(READING)),
         ("Promises", table(gates, ("promise", "found", ""))),

@@ -48,6 +48,8 @@ def test_the_gates_are_kept_only_by_a_model_that_beats_its_base():
         basis.r2, conversion.coupling.psnr = r2, psnr
         gates = check_gates(basis, conversion, scores(SCORES, tuned))
         assert [gate.kept for gate in gates] == kept
+        honest = check_gates(basis, conversion, scores(SCORES, tuned), beats_its_base=False)
+        assert [gate.kept for gate in honest] == kept[:2]
 
 
 @pytest.mark.parametrize(("kept", "code"), [(True, Exit.DONE), (False, Exit.UNEXPECTED)])
@@ -55,7 +57,7 @@ def test_a_broken_gate_fails_the_command(monkeypatch, tmp_path, kept, code):
     rows = {REAL: SCORES, **scores(SCORES, SCORES)}
     gate = Gate("beats its base", "1 against 2", kept)
     report = DemoReport(tmp_path, tmp_path / "report.html", rows, [gate], {"sample": 1.0})
-    monkeypatch.setattr(stage, "demo", lambda out: report)
+    monkeypatch.setattr(stage, "demo", lambda out, model: report)
 
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
 
@@ -88,7 +90,7 @@ def test_shards_have_every_member_and_the_scenes_that_their_keys_name(monkeypatc
 
 
 def test_a_folder_of_another_run_is_named_with_the_way_out(monkeypatch, tmp_path):
-    def refuse(recipe: object, out: Path) -> None:
+    def refuse(recipe: object, out: Path, model: str) -> None:
         raise CannotWrite("a basis of other data is here")
 
     monkeypatch.setattr(stage, "run_all", refuse)
