@@ -49,3 +49,11 @@ def ragged_text(samples: Sequence[Sample]) -> Text:
                     "encode all captions with the same model"
                 )
     return {key: list(tensors) for key, tensors in columns.items()}
+
+
+def text_to(text: Text, device: torch.device) -> Text:
+    """Move collated embeddings, stacked or ragged."""
+    return {
+        key: value.to(device) if isinstance(value, Tensor) else [part.to(device) for part in value]
+        for key, value in text.items()
+    }

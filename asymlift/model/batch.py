@@ -14,6 +14,7 @@ from asymlift.data.order import derive
 from asymlift.data.pictures import image_to_float, resize_image
 from asymlift.data.shards import Sample
 from asymlift.families.base import Family, Geometry
+from asymlift.families.text import text_to
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import image_to_tokens
 from asymlift.model.training_step import Batch
@@ -74,7 +75,7 @@ class BatchMaker:
             eps=torch.stack([eps for eps, _ in draws]),
             sigma=torch.stack([sigma for _, sigma in draws]),
             weight=weight,
-            text=self.to_device(self.family.collate(text)),
+            text=text_to(self.family.collate(text), self.device),
             grid=grid,
         )
 
@@ -112,11 +113,3 @@ class BatchMaker:
         generator = torch.Generator(self.device).manual_seed(derive(seed, "noise", slot))
         eps = torch.randn(num_tokens, self.geometry.D, generator=generator, device=self.device)
         return eps, self.draw_sigma(generator)
-
-    def to_device(self, text: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor | list[Tensor]]:
-        return {
-            name: value.to(self.device)
-            if isinstance(value, Tensor)
-            else [item.to(self.device) for item in value]
-            for name, value in text.items()
-        }

@@ -19,6 +19,7 @@ from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.data.pictures import decode_image, encode_png, float_to_image, image_to_float
 from asymlift.errors import BadRecipe, Unavailable
 from asymlift.families.base import Family, Text
+from asymlift.families.text import text_to
 from asymlift.model.loading import load_pipeline_parts, load_transformer
 from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
 from asymlift.model.pixel_flow import LatentFlow, PixelFlow
@@ -175,12 +176,7 @@ class Previews:
         return torch.cat(drawn)
 
     def text(self, samples: list[dict[str, Tensor]]) -> Text:
-        return {
-            name: value.to(self.device)
-            if isinstance(value, Tensor)
-            else [item.to(self.device) for item in value]
-            for name, value in self.family.collate(samples).items()
-        }
+        return text_to(self.family.collate(samples), self.device)
 
     # ---- on disk -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from asymlift.artifacts.files import human_bytes
 from asymlift.artifacts.safetensors_stream import read_tensor
 from asymlift.errors import BadData, Unavailable
 from asymlift.families.base import Family, Geometry, Text
+from asymlift.families.text import text_to
 from asymlift.maths.lift import lift_last, unlift_first, unlift_last
 from asymlift.maths.schedule import sigma_from_tau, sigma_grid, tau_from_sigma
 from asymlift.maths.solver import euler
@@ -138,7 +139,7 @@ def check_coupling(
     say(
         f"verifying the whole model: {STEPS} Euler steps in latents and in pixels, on {device.type}"
     )
-    text = _to(conditioning() if conditioning else _encode(base, family, text_length), device)
+    text = text_to(conditioning() if conditioning else _encode(base, family, text_length), device)
     A, g = A.to(device), torch.Generator().manual_seed(0)
     noise = torch.randn(BATCH, math.prod(GRID), geometry.D, generator=g).to(device)
     # Rounded to float32 first: both networks are told the same time, to the last bit.
@@ -179,13 +180,6 @@ def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> T
     del pipeline
     gc.collect()
     return text
-
-
-def _to(text: Text, device: torch.device) -> Text:
-    return {
-        key: value.to(device) if isinstance(value, Tensor) else [part.to(device) for part in value]
-        for key, value in text.items()
-    }
 
 
 def _places(folder: DiffusersFolder) -> dict[str, Path]:
