@@ -21,6 +21,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -47,15 +48,67 @@ class ModelSection(Section):
     text_length: PositiveInt | None = None  # tokens per caption; None is the pipeline's own
 
 
+class ResizeSection(Section):
+    """The sizes that pictures are brought to: by `prepare`, or while training where nobody did."""
+
+    sides: list[PositiveInt] = [1024]  # of squares; a picture takes the largest that it covers
+    step: PositiveInt | None = None  # bucket sides are multiples of it; None: a 16th of the side
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0  # longer pictures are left out
+    min_side: PositiveInt | None = None  # pictures with a shorter side are left out
+    upscale: bool = False  # false: what covers no bucket is left out
+
+    @field_validator("sides", mode="after")
+    @classmethod
+    def at_least_one(cls, sides: list[int]) -> list[int]:
+        if not sides:
+            raise ValueError("give at least one")
+        return sides
+
+
+class CaptionSection(Section):
+    """What a picture is trained with."""
+
+    source: Literal["caption", "label", "class"] = "caption"  # a class by number or by name
+    choice: Literal["first", "random", "longest"] = "first"  # where a picture has several
+    lines: bool = False  # every line of a .txt is a caption of its own
+    labels: str | None = None  # where class labels come from: `folder`, or a column of the table
+
+    @model_validator(mode="after")
+    def labels_are_known(self) -> Self:
+        if self.labels == "":
+            raise ValueError("labels: `folder`, or the name of a column")
+        return self
+
+
 class DataSection(Section):
-    """Shards of images, captions, latents and text embeddings."""
+    """Shards, or a folder or table of pictures with captions."""
 
     train: Patterns
     validation: Patterns | None = None
-    text: Literal["cached", "online"] = "cached"
+    mode: Literal["exact", "stream"] = "exact"  # stream: pipes and object stores, in loose order
+    resize: ResizeSection = ResizeSection()
+    caption: CaptionSection = CaptionSection()
+    text: Literal["auto", "cached", "online"] = "auto"  # auto: cached where it is
     caption_dropout: Share = 0.0  # the published run drops none
     max_bad_fraction: Share = 0.01
     workers: NonNegativeInt = 4
+
+
+Store = Literal["none", "float32", "float16", "bfloat16", "float8"]
+
+
+class PrepareSection(Section):
+    """Pictures with captions -> shards with cached latents and text embeddings."""
+
+    source: Patterns  # a folder, a .jsonl, .csv or .parquet table, or shards
+    out: Annotated[str, Field(min_length=1)]  # a folder; then data.train names it
+    image: Literal["jpeg", "png", "webp"] = "jpeg"  # where the source's bytes cannot stay
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    latents: Store = "float16"  # none: encoded while training
+    text: Store = "bfloat16"
+    shard_bytes: PositiveInt = 1_000_000_000  # about so many
+    shard_samples: PositiveInt | None = None  # or exactly so many samples
+    batch: PositiveInt = 8  # pictures, and captions, that are encoded at once
 
 
 class ColorSection(Section):
@@ -307,6 +360,7 @@ class Recipe(Section):
     basis: BasisSection = BasisSection()
     finetune: FinetuneSection = FinetuneSection()
     sample: SampleSection = SampleSection()
+    prepare: PrepareSection | None = None
 
     @property
     def run_folder(self) -> Path:

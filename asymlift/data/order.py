@@ -5,9 +5,14 @@ empty slots, so every sample appears exactly once per epoch and every step has t
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+Ints = NDArray[Any]
 
 EMPTY = -1  # a slot without a sample: it computes, and weighs nothing
 
@@ -23,37 +28,51 @@ def generator(*parts: object) -> torch.Generator:
 
 
 class Order:
-    """Which samples each step trains on."""
+    """Which samples each step trains on. `sizes` (n, 2): a batch holds samples of one of them."""
 
-    def __init__(self, sizes: Sequence[Hashable], batch: int, seed: int) -> None:
+    def __init__(self, sizes: Ints, batch: int, seed: int) -> None:
         self.batch, self.seed = batch, seed
-        self.buckets: dict[Hashable, list[int]] = {}
-        for index, size in enumerate(sizes):
-            self.buckets.setdefault(size, []).append(index)
-        self.steps_per_epoch = sum(-(-len(members) // batch) for members in self.buckets.values())
+        self.sizes, which = np.unique(sizes, axis=0, return_inverse=True)
+        self.members = [np.flatnonzero(which.reshape(-1) == n) for n in range(len(self.sizes))]
+        self.steps_per_epoch = sum(-(-len(members) // batch) for members in self.members)
         self._epoch = -1
-        self._batches: list[list[int]] = []
+        self._plan: tuple[list[Ints], Ints] = ([], np.zeros((0, 2), np.int64))
 
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
 
     def slots(self, step: int) -> list[int]:
         """The `batch` sample indices of a step; EMPTY where there is none."""
-        epoch = self.epoch_of(step)
-        if epoch != self._epoch:
-            self._batches = self._plan(epoch)
-            self._epoch = epoch
-        return self._batches[step % self.steps_per_epoch]
+        shuffled, batches = self.plan(self.epoch_of(step))
+        which, start = batches[step % self.steps_per_epoch]
+        slots: list[int] = shuffled[which][start : start + self.batch].tolist()
+        return slots + [EMPTY] * (self.batch - len(slots))
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        draw = generator(self.seed, "order", epoch)
-        batches = []
-        for members in self.buckets.values():
-            shuffled = [members[i] for i in torch.randperm(len(members), generator=draw).tolist()]
-            for start in range(0, len(shuffled), self.batch):
-                slots = shuffled[start : start + self.batch]
-                batches.append(slots + [EMPTY] * (self.batch - len(slots)))
-        return [batches[i] for i in torch.randperm(len(batches), generator=draw).tolist()]
+    def size(self, step: int) -> tuple[int, int]:
+        """The size of a step's samples."""
+        _, batches = self.plan(self.epoch_of(step))
+        first, second = self.sizes[batches[step % self.steps_per_epoch, 0]]
+        return int(first), int(second)
+
+    def plan(self, epoch: int) -> tuple[list[Ints], Ints]:
+        """(each size's samples, shuffled; (size, start) of every batch, shuffled)."""
+        if epoch != self._epoch:
+            draw = generator(self.seed, "order", epoch)
+            shuffled = [some[permutation(len(some), draw)] for some in self.members]
+            batches = np.array(
+                [
+                    (which, start)
+                    for which, some in enumerate(self.members)
+                    for start in range(0, len(some), self.batch)
+                ]
+            )
+            self._plan = (shuffled, batches[permutation(len(batches), draw)])
+            self._epoch = epoch
+        return self._plan
+
+
+def permutation(count: int, draw: torch.Generator) -> Ints:
+    return torch.randperm(count, generator=draw).numpy()
 
 
 def share_of(slots: Sequence[int], rank: int, world: int, micro_batch: int) -> list[range]:

@@ -1,0 +1,400 @@
+"""A catalog: every usable sample of shards, folders and tables, as one sequence of records.
+
+Shards are indexed once, into a file beside them (or in a cache folder where that cannot be
+written); pictures in folders are listed and measured. Nothing is decoded here.
+"""
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asymlift.data.ahead import read_ahead
+from asymlift.data.buckets import Fit, Refusal, place, suggestion, whole_patches
+from asymlift.data.listing import list_pictures
+from asymlift.data.records import LATENT, BadSample, Part, Record
+from asymlift.data.table import (
+    Ints,
+    Table,
+    index_path,
+    index_shard,
+    load_table,
+    picture_size,
+    save_table,
+)
+from asymlift.data.tar import CUT_OFF
+from asymlift.errors import BadData, UserError
+
+Patterns = str | Path | Sequence[str | Path]
+
+TABLES = (".jsonl", ".csv", ".parquet")
+UNREADABLE = "image cannot be read"
+TOO_SMALL = "too small"
+
+
+# ---- what is named -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a recipe's patterns stand for."""
+
+    shards: list[Path]
+    listings: list[Path]  # folders of pictures, and tables
+
+
+def expand(patterns: Patterns) -> Named:
+    """`train/{000000..000119}.tar`, `train/*.tar`, a folder, a table of pictures, or a list."""
+    from braceexpand import braceexpand
+
+    shards, listings = list[Path](), list[Path]()
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        if "://" in str(pattern) or str(pattern).startswith("pipe:"):
+            raise BadData(f"{pattern}: only files can be read in any order; set data.mode: stream")
+        try:
+            names = list(braceexpand(str(pattern)))
+        except ValueError as error:
+            raise BadData(f"{pattern}: {error}") from None
+        for name in names:
+            found = sorted(glob(name)) if any(mark in name for mark in "*?[") else [name]  # noqa: PTH207
+            if not found:
+                raise BadData(f"{name}: no shard matches this pattern")
+            for path in map(Path, found):
+                if path.is_dir() and (inside := sorted(path.glob("*.tar"))):
+                    shards += inside
+                elif path.is_dir() or path.suffix.lower() in TABLES:
+                    listings.append(path)
+                else:
+                    shards.append(path)
+    for paths in (shards, listings):
+        twice, count = Counter(paths).most_common(1)[0] if paths else (Path(), 1)
+        if count > 1:
+            raise BadData(f"{twice}: this is listed twice")
+    if shards and not any(path.is_file() for path in shards):
+        raise BadData(f"{shards[0]}: there is no such shard; is the path or range right?")
+    return Named(shards, listings)
+
+
+# ---- shards ------------------------------------------------------------------------------------
+
+
+def cached_index_path(shard: Path) -> Path:
+    """Where the index of a shard goes whose own folder cannot be written."""
+    base = os.environ.get("ASYMLIFT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    name = hashlib.sha256(str(shard.absolute()).encode()).hexdigest()[:24]
+    return Path(base).expanduser() / "asymlift" / "index" / f"{name}.safetensors"
+
+
+def indexed(shard: Path) -> Table:
+    """The index of a shard: the one that is kept if it fits, else a new one, which is kept."""
+    try:
+        status = shard.stat()
+    except OSError:
+        return index_shard(shard)
+    places = [index_path(shard), cached_index_path(shard)]
+    for path in places:
+        table = load_table(shard, path)
+        if table is None:
+            continue
+        prepared = "sha256" in table.facts
+        if table.facts.get("bytes") == status.st_size:
+            if prepared or table.facts.get("mtime") == status.st_mtime_ns:
+                return table
+        elif prepared:
+            return cut_to(table, status.st_size)
+    table = index_shard(shard)
+    for path in places:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_table(table, path)
+            break
+        except (OSError, UserError):
+            continue  # a read-only folder: the next place, or none
+    return table
+
+
+def cut_to(table: Table, size: int) -> Table:
+    """A prepared shard that is not as long as it was written: what lies beyond is lost."""
+    ends = np.max([np.where(c[:, 0] < 0, 0, c.sum(1)) for c in table.spans.values()], axis=0)
+    kept = np.flatnonzero(ends <= size)
+    lost = len(table) - len(kept)
+    was = f"{size} bytes, written with {table.facts['bytes']}"
+    reason = CUT_OFF if size < table.facts["bytes"] else "shard changed since it was indexed"
+    fault = BadSample(str(table.path), reason, was, count=max(lost, 1))
+    return select(table, kept, fault)
+
+
+def select(table: Table, kept: Ints, *faults: BadSample) -> Table:
+    """Some of a table's samples, and more faults."""
+    keys = [table.key(int(i)).encode() for i in kept]
+    return replace(
+        table,
+        blob=b"".join(keys),
+        ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+        sizes=table.sizes[kept],
+        spans={suffix: column[kept] for suffix, column in table.spans.items()},
+        crcs={suffix: column[kept] for suffix, column in table.crcs.items()},
+        faults=[*table.faults, *faults],
+    )
+
+
+# ---- folders and tables of pictures ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Pictures that lie about, measured."""
+
+    path: Path
+    records: list[Record]
+    sizes: Ints
+    faults: Sequence[BadSample]
+    class_names: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    made: None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def key(self, index: int) -> str:
+        return self.records[index].key
+
+    def keys(self) -> list[str]:
+        return [record.key for record in self.records]
+
+    def has(self, suffix: str) -> Ints:
+        return np.array([suffix in record.parts for record in self.records], bool)
+
+    def record(self, index: int, target: tuple[int, int] | None = None) -> Record:
+        return replace(self.records[index], target=target)
+
+
+def listed(
+    path: Path,
+    *,
+    labels: str | None = None,
+    caption_lines: bool = False,
+    workers: int = 0,
+    measure: bool = True,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> Listed:
+    """The pictures of a folder or a table; `measure` reads the head of each."""
+    faults: list[BadSample] = []
+    found = list_pictures(path, labels=labels, caption_lines=caption_lines, on_bad=faults.append)
+    records = found.records
+    if measure:
+        measured = list[Record]()
+        for record in read_ahead(with_size, records, workers):
+            measured.append(record)
+            on_done(1)
+        records = measured
+    sizes = np.array([(r.width, r.height) for r in records], np.int32).reshape(-1, 2)
+    return Listed(path, records, sizes, faults, found.class_names, {"about": found.about})
+
+
+def with_size(record: Record) -> Record:
+    part = record.parts[record.image_suffix or ""]
+    try:
+        width, height = picture_size(partial(head_of, part), part.size)
+    except OSError:
+        width, height = 0, 0  # named when the sample is read
+    return replace(record, width=width, height=height)
+
+
+def head_of(part: Part, count: int) -> bytes:
+    if part.inline is not None:
+        return part.inline[:count]
+    assert part.path is not None
+    with part.path.open("rb", buffering=0) as file:
+        return file.read(count)
+
+
+Source = Table | Listed
+
+
+# ---- the catalog -------------------------------------------------------------------------------
+
+
+class Catalog(Sequence[Record]):
+    """The usable samples of all sources, each with the size at which the model sees it."""
+
+    def __init__(self, sources: Sequence[Source], fit: Fit) -> None:
+        self.sources, self.fit = list(sources), fit
+        self.starts = np.cumsum([0, *(len(source) for source in self.sources)])
+        self.faults = with_counts(self.sources)
+        self.refused: list[BadSample] = []  # sound, but not of a size to train on
+        self.made = common_origin(self.sources)
+        targets = [self.targets_of(source) for source in self.sources]
+        self.targets: Ints = np.concatenate(targets) if targets else np.zeros((0, 2), np.int32)
+        usable = self.targets[:, 0] > 0
+        self.drop_duplicates(usable)
+        self.chosen = np.flatnonzero(usable)
+        self.targets = self.targets[self.chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        source, inside = self.place_of(int(self.chosen[index]))
+        height, width = self.targets[index]
+        return source.record(inside, (int(height), int(width)))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def place_of(self, number: int) -> tuple[Source, int]:
+        which = bisect_right(self.starts, number) - 1
+        return self.sources[which], number - int(self.starts[which])
+
+    def keys(self) -> Iterator[str]:
+        for number in self.chosen.tolist():
+            source, inside = self.place_of(number)
+            yield source.key(inside)
+
+    def has(self, suffix: str) -> Ints:
+        """(n,) whether each sample has such a part."""
+        columns = [source.has(suffix) for source in self.sources]
+        return np.concatenate(columns)[self.chosen] if columns else np.zeros(0, bool)
+
+    @property
+    def num_lost(self) -> int:
+        return sum(fault.count for fault in self.faults)
+
+    @property
+    def num_listed(self) -> int:
+        """Samples that there are, or would be if nothing were damaged."""
+        return int(self.starts[-1]) + self.num_lost
+
+    def targets_of(self, source: Source) -> Ints:
+        """(n, 2): height and width that the model sees; 0 for what is left out.
+
+        A picture that was prepared, or whose latent is cached, keeps its size.
+        """
+        pairs, which = np.unique(source.sizes, axis=0, return_inverse=True)
+        found = [
+            [place(width, height, self.fit), whole_patches(width, height, self.fit.patch)]
+            if width
+            else [Refusal(UNREADABLE, "")] * 2
+            for width, height in pairs.tolist()
+        ]
+        sizes = [[(0, 0) if isinstance(f, Refusal) else f for f in both] for both in found]
+        as_stored = (source.has(LATENT) | (source.made is not None)).astype(int)
+        table: Ints = np.array(sizes, np.int32).reshape(-1, 2, 2)
+        targets: Ints = table[which.reshape(-1), as_stored]
+        for index in np.flatnonzero(targets[:, 0] == 0).tolist():
+            refusal = found[which.reshape(-1)[index]][as_stored[index]]
+            assert isinstance(refusal, Refusal)
+            fault = self.fault(source, index, refusal.reason, refusal.detail)
+            sound = refusal.reason != UNREADABLE and not as_stored[index]
+            (self.refused if sound else self.faults).append(fault)
+        return targets
+
+    def fault(self, source: Source, index: int, reason: str, detail: str = "") -> BadSample:
+        return BadSample(source.record(index).where, reason, detail)
+
+    def drop_duplicates(self, usable: Ints) -> None:
+        """A key may occur once; the first one counts."""
+        numbers = np.flatnonzero(usable)
+        hashes = np.fromiter(
+            (hash(key) for source in self.sources for key in source.keys()),  # noqa: SIM118
+            np.int64,
+            int(self.starts[-1]),
+        )[numbers]
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(np.diff(hashes[order]) == 0)
+        first: dict[str, Source] = {}
+        for number in np.unique(numbers[order[np.concatenate([same, same + 1])]]).tolist():
+            source, inside = self.place_of(number)
+            known = first.setdefault(source.key(inside), source)
+            if known is not source:
+                usable[number] = False
+                detail = f"also in {known.path}"
+                self.faults.append(self.fault(source, inside, "duplicate key", detail))
+
+    def digest(self) -> str:
+        """Which samples, in which order, of which size: all that the order of training needs."""
+        digest = hashlib.sha256()
+        for key in self.keys():
+            digest.update(f"{key}\n".encode())
+        digest.update(np.ascontiguousarray(self.targets, np.int32).tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def lowest_hashes(self, count: int) -> list[Record]:
+        """A sample of the samples that depends on nothing but their keys, in an order likewise."""
+
+        def place_in_line(item: tuple[int, str]) -> tuple[bytes, str]:
+            return hashlib.sha256(item[1].encode()).digest(), item[1]
+
+        return [
+            self[index] for index, _ in sorted(enumerate(self.keys()), key=place_in_line)[:count]
+        ]
+
+    def nothing_left(self, what: Any) -> BadData:
+        """Why there is no sample at all, and what to do."""
+        too_small = [fault for fault in self.refused if fault.reason == TOO_SMALL]
+        if too_small:
+            sizes = [
+                (int(w), int(h)) for source in self.sources for w, h in source.sizes.tolist() if w
+            ]
+            return BadData(f"{what}: {too_small[0]}\n{suggestion(sizes, self.fit)}")
+        first = [*self.faults, *self.refused][:3]
+        return BadData("\n".join([f"{what}: there are no usable samples", *map(str, first)]))
+
+
+def with_counts(sources: Sequence[Source]) -> list[BadSample]:
+    """All faults; a shard that cannot be read counts as many samples as the others hold."""
+    sizes = [len(source) for source in sources if len(source)]
+    usual = round(sum(sizes) / len(sizes)) if sizes else 1
+    faults = []
+    for source in sources:
+        whole = isinstance(source, Table) and not len(source)
+        for fault in source.faults:
+            weight = usual if whole and "!" not in fault.where else fault.count
+            faults.append(BadSample(fault.where, fault.reason, fault.detail, count=weight))
+    return faults
+
+
+def common_origin(sources: Sequence[Source]) -> dict[str, Any] | None:
+    """What every prepared source says that it was made with; two that differ are refused."""
+    found = [(source.path, source.made) for source in sources if source.made is not None]
+    if not found:
+        return None
+    path, made = found[0]
+    for other, said in found[1:]:
+        for name in sorted({*made, *said}):
+            if made.get(name) != said.get(name):
+                raise BadData(
+                    f"{other} was prepared with {name} {said.get(name)},\n{path} with "
+                    f"{made.get(name)}: shards of one run must be made alike"
+                )
+    return made
+
+
+def open_catalog(
+    patterns: Patterns,
+    fit: Fit,
+    *,
+    labels: str | None = None,
+    caption_lines: bool = False,
+    workers: int = 0,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> Catalog:
+    """Everything that the patterns name, indexed where it is not yet."""
+    named = expand(patterns)
+    sources = list[Source]()
+    for table in read_ahead(indexed, named.shards, workers):
+        sources.append(table)
+        on_done(1)
+    for path in named.listings:
+        sources.append(listed(path, labels=labels, caption_lines=caption_lines, workers=workers))
+    return Catalog(sources, fit)
