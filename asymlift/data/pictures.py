@@ -10,6 +10,7 @@ Shapes: image (3, H, W) uint8 RGB.
 import warnings
 from functools import cache
 from io import BytesIO
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from asymlift.errors import BadData
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other decoders include EPS, which runs Ghostscript
+FOREIGN = "not a JPEG, PNG or WebP image"
 MAX_PIXELS = 8192 * 8192  # 268 MB as RGBA; a 400 kB file can claim far more
 
 # Pillow warns from 89 million pixels on; MAX_PIXELS refuses them before that matters.
@@ -60,7 +62,7 @@ class Guard:
         if error is None or isinstance(error, BadPicture | MemoryError):
             return
         if isinstance(error, UnidentifiedImageError):
-            raise BadPicture("not a JPEG, PNG or WebP image") from None
+            raise BadPicture(FOREIGN) from None
         if isinstance(error, Image.DecompressionBombError):
             raise BadPicture("too many pixels", f"more than {MAX_PIXELS}") from None
         if isinstance(error, Exception):
@@ -89,7 +91,11 @@ def sixteen_bits(picture: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits: 65535 is 255. `convert` would clip everything above 255 to white."""
     levels = np.asarray(picture).astype(np.uint32)
     small = Image.fromarray(((levels + 128) // 257).clip(0, 255).astype(np.uint8))
-    small.info["exif"] = picture.info.get("exif", b"")
+    facts = dict(picture.info)  # with EXIF and the profile
+    clear = facts.pop("transparency", None)
+    if clear is not None:
+        small.putalpha(Image.fromarray(levels != clear).convert("L"))
+    small.info = facts
     return small
 
 
@@ -134,10 +140,51 @@ def srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
+def picture_suffix(data: bytes) -> str:
+    """.png, .jpg or .webp by the first bytes, whatever the file is called."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ".png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return ".jpg"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return ".webp"
+    raise BadPicture(FOREIGN)
+
+
+def reads_plainly(data: bytes, image: Tensor) -> bool:
+    """Whether a reader that knows none of the rules above sees exactly `image` in this file.
+
+    Never for a file of several frames: such a reader may take it for a film.
+    """
+    with Guard(), Image.open(BytesIO(data), formats=FORMATS) as picture:
+        if picture.size != (image.shape[2], image.shape[1]):
+            return False
+        if getattr(picture, "n_frames", 1) > 1:
+            return False
+        return torch.equal(picture_to_tensor(picture.convert("RGB")), image)
+
+
 def encode_png(image: Tensor) -> bytes:
     """A (3, H, W) uint8 image as a PNG file; the same bytes every time."""
+    return encode_picture(image, "png")
+
+
+def encode_picture(image: Tensor, kind: Literal["png", "jpeg", "webp"], quality: int = 95) -> bytes:
+    """Without metadata, the same bytes every time; colour at full resolution in JPEG."""
+    if kind == "png":
+        return saved(image, "PNG")
+    if kind == "webp":
+        return saved(image, "WEBP", quality=quality)
+    options: dict[str, Any] = {"quality": quality, "subsampling": "4:4:4"}
+    try:
+        return saved(image, "JPEG", optimize=True, **options)
+    except OSError:  # noise: more bytes than Pillow sets aside for a file it optimizes
+        return saved(image, "JPEG", **options)
+
+
+def saved(image: Tensor, kind: str, **options: Any) -> bytes:
     stream = BytesIO()
-    tensor_to_picture(image).save(stream, format="PNG")
+    tensor_to_picture(image).save(stream, format=kind, **options)
     return stream.getvalue()
 
 
@@ -160,7 +207,9 @@ def float_to_image(image: Tensor) -> Tensor:
 
 
 def picture_to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    """Channel by channel out of Pillow: faster than permuting (H, W, 3), by a sixth of a decode."""
+    channels = [np.frombuffer(picture.tobytes("raw", name), np.uint8) for name in "RGB"]
+    return torch.from_numpy(np.stack(channels)).view(3, picture.height, picture.width)
 
 
 def tensor_to_picture(image: Tensor) -> Image.Image:
