@@ -5,6 +5,7 @@ written); pictures in folders are listed and measured. Nothing is decoded here.
 """
 
 import hashlib
+import heapq
 import os
 from bisect import bisect_right
 from collections import Counter
@@ -335,9 +336,8 @@ class Catalog(Sequence[Record]):
         def place_in_line(item: tuple[int, str]) -> tuple[bytes, str]:
             return hashlib.sha256(item[1].encode()).digest(), item[1]
 
-        return [
-            self[index] for index, _ in sorted(enumerate(self.keys()), key=place_in_line)[:count]
-        ]
+        lowest = heapq.nsmallest(count, enumerate(self.keys()), key=place_in_line)
+        return [self[index] for index, _ in lowest]
 
     def nothing_left(self, what: Any) -> BadData:
         """Why there is no sample at all, and what to do."""
