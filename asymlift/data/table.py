@@ -6,6 +6,7 @@ is scanned once. Columns take about 150 bytes a sample; records are made when th
 
 import json
 import os
+import secrets
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -276,7 +277,7 @@ def save_table(table: Table, path: Path) -> bytes:
     faults = [[f.where, f.reason, f.detail, f.count] for f in table.faults]
     note = {"format": FORMAT, "facts": dict(table.facts), "faults": faults, "sum": summed(columns)}
     data: bytes = save(columns, {"asymlift": json.dumps(note, sort_keys=True)})
-    own = path.with_name(f".{path.name}.{os.getpid()}")  # other ranks may write the same file
+    own = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other ranks may write it too
     write_bytes_atomically(own, data)
     own.replace(path)
     return data
