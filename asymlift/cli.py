@@ -100,6 +100,40 @@ def show_plan(recipe: Recipe, *, as_json: bool, checks: dict[str, Any]) -> None:
         log.say(f"{name}: {value}")
 
 
+@command("prepare")
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = [],
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Weigh a few samples; write nothing.")
+    ] = False,
+    shard_index: Annotated[
+        int | None, typer.Option("--shard-index", help="Which of --num-shards tasks this is.")
+    ] = None,
+    num_shards: Annotated[
+        int | None, typer.Option("--num-shards", help="Tasks that share the work.")
+    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Turn pictures with captions into training shards."""
+    plan = load_recipe(recipe, overrides)
+    from asymlift.stages import plans
+
+    share = plans.share_for(shard_index, num_shards)
+    if dry_run:
+        show_plan(plan, as_json=as_json, checks=plans.check_prepare(plan))
+    elif estimate:
+        plans.finish(plans.estimate_prepare(plan), f"asymlift prepare {recipe}", as_json=as_json)
+    else:
+        report = plans.run_prepare(plan, share, overwrite=overwrite)
+        following = f"asymlift fit-basis {recipe}" if report.complete else None
+        plans.finish(report, following, as_json=as_json)
+
+
 @command("fit-basis")
 def fit_basis(
     recipe: RecipeFile,

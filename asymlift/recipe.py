@@ -85,6 +85,7 @@ class DataSection(Section):
 
     train: Patterns
     validation: Patterns | None = None
+    cache: Patterns | None = None  # shards with newer latents or embeddings of the same pictures
     mode: Literal["exact", "stream"] = "exact"  # stream: pipes and object stores, in loose order
     resize: ResizeSection = ResizeSection()
     caption: CaptionSection = CaptionSection()
@@ -102,7 +103,8 @@ class PrepareSection(Section):
 
     source: Patterns  # a folder, a .jsonl, .csv or .parquet table, or shards
     out: Annotated[str, Field(min_length=1)]  # a folder; then data.train names it
-    image: Literal["jpeg", "png", "webp"] = "jpeg"  # where the source's bytes cannot stay
+    image: Literal["jpeg", "png", "webp", "none"] = "jpeg"  # where the source's bytes cannot stay;
+    # none: only latents and embeddings are written, for pictures that data.cache goes with
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     latents: Store = "float16"  # none: encoded while training
     text: Store = "bfloat16"
