@@ -6,7 +6,7 @@ Shapes: image (3, H, W) uint8, latent (C, h, w).
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,19 @@ from torch import Tensor
 from asymlift.data.buckets import fit_image
 from asymlift.data.packing import unpack
 from asymlift.data.pictures import BadPicture, decode_image
-from asymlift.data.records import CAPTION, FACTS, LATENT, BadSample, Record, Sample, text_suffix
+from asymlift.data.records import (
+    CAPTION,
+    FACTS,
+    LATENT,
+    TEXT,
+    BadSample,
+    Record,
+    Sample,
+    text_suffix,
+)
 
 OPEN_FILES = 64  # handles that a reader keeps
+CACHED = (LATENT, TEXT)
 
 Prompt = Literal["caption", "label", "class"]  # a class by number or by name
 Choose = Callable[[Sequence[str]], int]  # of several captions, the one to train on
@@ -33,12 +43,12 @@ def first_caption(captions: Sequence[str]) -> int:
 class Reader:
     """Random access to the parts of samples; safe to share between threads."""
 
-    def __init__(self, prompt: Prompt = "caption") -> None:
-        self.prompt = prompt
+    def __init__(self, prompt: Prompt = "caption", *, cached: Collection[str] = CACHED) -> None:
+        self.prompt, self.cached = prompt, cached  # of LATENT and TEXT, those that are read
         self._open = lru_cache(OPEN_FILES)(OpenFile)
 
     def read(self, record: Record, choose: Choose = first_caption) -> Sample:
-        """Everything there is; BadSample where a part is broken."""
+        """Everything there is to be read; BadSample where a part is broken."""
         facts = self.facts(record)
         captions = self.captions(record, facts)
         chosen = choose(captions) if len(captions) > 1 else 0
@@ -47,8 +57,8 @@ class Reader:
             self.image(record),
             captions[chosen],
             facts,
-            self.latent(record),
-            self.text(record, chosen),
+            self.latent(record) if LATENT in self.cached else None,
+            self.text(record, chosen) if TEXT in self.cached else None,
         )
 
     def bytes_of(self, record: Record, suffix: str) -> bytes:
