@@ -1,11 +1,13 @@
 """Samples in training order, read ahead by threads; what is broken becomes an empty slot."""
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,7 +19,8 @@ from asymlift.data.records import BadSample, Record, Sample
 
 READ_AHEAD = 2  # steps
 SLOW = 60.0  # seconds without a sample after which it is named
-PATIENCE = 300.0  # and after which it is given up
+PATIENCE = 300.0  # seconds of reading after which it is given up
+GRACE = 1.0  # seconds that every sample is waited for, and every thread at the end
 
 Check = Callable[[Record, Sample], None]  # raises BadSample where a sample does not fit the model
 
@@ -62,22 +65,25 @@ class ExactFeed:
         choice: Choice = "first",
         check: Check = lambda record, sample: None,
         on_slow: Callable[[str], None] = lambda text: None,
+        slow: float = SLOW,
         patience: float = PATIENCE,
     ) -> None:
         self.catalog, self.order, self.share, self.reader = catalog, order, share, reader
         self.seed, self.choice, self.check = seed, choice, check
-        self.on_slow, self.patience = on_slow, patience
-        self.pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="feed")
+        self.on_slow, self.slow, self.patience = on_slow, slow, patience
+        self.threads = Threads(max(1, workers))
         self.ahead = READ_AHEAD if workers else 0
-        self.coming: dict[int, list[list[Waiting | None]]] = {}
+        self.coming: dict[int, list[list[Reading | None]]] = {}
 
     def step(self, step: int) -> StepSamples:
+        if next(iter(self.coming), step) != step:
+            self.forget()
         for wanted in range(step, step + self.ahead + 1):
             if wanted not in self.coming:
                 self.coming[wanted] = self.request(wanted)
         result = StepSamples(self.order.epoch_of(step))
         for micro_batch in self.coming.pop(step):
-            read = [waiting and self.wait(waiting) for waiting in micro_batch]
+            read = [reading and self.wait(reading) for reading in micro_batch]
             result.faults += [item for item in read if isinstance(item, BadSample)]
             result.micro_batches.append(
                 [item if isinstance(item, Sample) else None for item in read]
@@ -85,14 +91,16 @@ class ExactFeed:
             result.sizes.append(self.order.size(step))
         return result
 
-    def request(self, step: int) -> list[list["Waiting | None"]]:
+    def request(self, step: int) -> list[list["Reading | None"]]:
         slots, epoch = self.order.slots(step), self.order.epoch_of(step)
 
-        def ask(index: int) -> Waiting | None:
+        def ask(index: int) -> Reading | None:
             if index == EMPTY:
                 return None
             record = self.catalog[index]
-            return Waiting(record, self.pool.submit(self.read, record, epoch))
+            reading = Reading(record.where, partial(self.read, record, epoch))
+            self.threads.add(reading)
+            return reading
 
         return [[ask(slots[position]) for position in positions] for positions in self.share]
 
@@ -102,15 +110,30 @@ class ExactFeed:
         )
         return read_sample(self.reader, record, choose, self.check)
 
-    def wait(self, waiting: "Waiting") -> Sample | BadSample:
+    def wait(self, reading: "Reading") -> Sample | BadSample:
         """A sample that does not come is named, and in the end given up."""
-        since = time.monotonic()
-        while (waited := time.monotonic() - since) < self.patience:
+        asked = time.monotonic()
+        while True:
+            left = max(self.patience - reading.seconds, min(GRACE, self.patience))
             try:
-                return waiting.future.result(min(SLOW, self.patience - waited))
+                return reading.future.result(min(self.slow, left))
             except NotYet:
-                self.on_slow(f"{waiting.record.where}: {time.monotonic() - since:.0f} s of waiting")
-        return BadSample(waiting.record.where, "took too long to read", f"{self.patience:g} s")
+                if reading.future.done():  # just now, or it is the reader's own exception
+                    return reading.future.result()
+                if reading.seconds >= self.patience:
+                    self.threads.abandon(reading)
+                    return BadSample(reading.where, "took too long to read", f"{self.patience:g} s")
+                self.on_slow(f"{reading.where}: {time.monotonic() - asked:.0f} s of waiting")
+
+    def forget(self) -> None:
+        """Drop what was read ahead."""
+        for reading in self.read_ahead():
+            self.threads.abandon(reading)
+        self.coming.clear()
+
+    def read_ahead(self) -> Iterator["Reading"]:
+        for micro_batch in (some for step in self.coming.values() for some in step):
+            yield from filter(None, micro_batch)
 
     def __enter__(self) -> Self:
         return self
@@ -121,15 +144,78 @@ class ExactFeed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for reading in self.read_ahead():
+            reading.future.cancel()
+        self.coming.clear()
+        self.threads.close()
 
 
-@dataclass(frozen=True)
-class Waiting:
+# ---- threads -----------------------------------------------------------------------------------
+
+
+class Reading:
     """A sample that was asked for."""
 
-    record: Record
-    future: Future[Sample | BadSample]
+    def __init__(self, where: str, read: Callable[[], Sample | BadSample]) -> None:
+        self.where, self.read = where, read
+        self.future: Future[Sample | BadSample] = Future()
+        self.since: float | None = None  # when a thread began with it
+        self.abandoned = False
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been read."""
+        return 0.0 if self.since is None else time.monotonic() - self.since
+
+    def run(self) -> None:
+        self.since = time.monotonic()
+        try:
+            self.future.set_result(self.read())
+        except BaseException as error:  # raised again where the sample is waited for
+            self.future.set_exception(error)
+
+
+class Threads:
+    """Readers that hinder nobody when they hang: another takes over, and the process may end.
+
+    The threads of a ThreadPoolExecutor are joined when the interpreter exits.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.waiting: SimpleQueue[Reading | None] = SimpleQueue()
+        self.running: list[Thread] = []
+        for _ in range(count):
+            self.start()
+
+    def start(self) -> None:
+        self.running = [thread for thread in self.running if thread.is_alive()]
+        thread = Thread(target=self.work, name=f"feed_{len(self.running)}", daemon=True)
+        self.running.append(thread)
+        thread.start()
+
+    def work(self) -> None:
+        while (reading := self.waiting.get()) is not None:
+            if reading.future.set_running_or_notify_cancel():
+                reading.run()
+            if reading.abandoned:
+                return
+
+    def add(self, reading: Reading) -> None:
+        self.waiting.put(reading)
+
+    def abandon(self, reading: Reading) -> None:
+        """Nobody waits for it any more. Where a thread is busy with it, a new one takes over."""
+        if not reading.future.cancel() and not reading.future.done():
+            reading.abandoned = True
+            self.start()
+
+    def close(self) -> None:
+        """End the threads; what hangs ends with the process."""
+        for _ in self.running:
+            self.waiting.put(None)
+        end = time.monotonic() + GRACE
+        for thread in self.running:
+            thread.join(max(end - time.monotonic(), 0))
 
 
 def read_sample(
