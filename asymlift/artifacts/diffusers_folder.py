@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asymlift.artifacts.files import sha256_file
-from asymlift.artifacts.manifest import digest_json
+from asymlift.artifacts.manifest import digest_json, list_files
 from asymlift.artifacts.safetensors_stream import Header, read_header
 from asymlift.errors import BadData
 
@@ -121,6 +121,28 @@ class DiffusersFolder:
         config = {k: v for k, v in self.config(component).items() if k not in INCIDENTAL}
         weights = {path.name: self.sha256(path) for path in self.weight_files(component)}
         return digest_json({"config": config, "weights": weights})
+
+    def text_fingerprint(self) -> str | None:
+        """'sha256:...' of all that turns a prompt into embeddings; None where nothing does."""
+        there = [name for name in self.components if (self.path / name).is_dir()]
+        encoders = [name for name in there if name.startswith("text_encoder")]
+        if not encoders:
+            return None
+        files = {
+            f"{name}/{file}": self.path / name / file
+            for name in there
+            if name.startswith(("tokenizer", "processor"))
+            for file in list_files(self.path / name)
+            if not file.startswith(".")
+        }
+        weights = [path for name in encoders for path in self.weight_files(name)]
+        with self.hashing_ahead([*weights, *files.values()]):
+            return digest_json(
+                {
+                    "encoders": {name: self.fingerprint(name) for name in encoders},
+                    "files": {name: self.sha256(path) for name, path in files.items()},
+                }
+            )
 
 
 def _digest(path: Path) -> str:

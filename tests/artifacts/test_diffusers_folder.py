@@ -11,7 +11,8 @@ from asymlift.artifacts import diffusers_folder
 from asymlift.artifacts.diffusers_folder import DiffusersFolder, is_plain_name
 from asymlift.artifacts.files import sha256_file
 from asymlift.errors import BadData
-from tests.reliability.fake_pipeline import transformer_tensors, write_base, write_json
+from asymlift.stages.convert import convert
+from tests.reliability.fake_pipeline import fake_plan, transformer_tensors, write_base, write_json
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -51,6 +52,51 @@ def test_a_fingerprint_follows_weights_and_config_but_not_what_saving_changes(ba
     weights = base / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     assert DiffusersFolder(base).fingerprint("vae") != fingerprint
+
+
+def add_tokenizer(base):
+    write_json(base / "tokenizer/sub/tokenizer.json", {"vocab": ["a", "b"]})
+    (base / "tokenizer/.cache").write_text("of a download")
+    index = json.loads((base / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
+    write_json(base / "model_index.json", index)
+
+
+def test_the_fingerprint_of_text_follows_encoders_and_tokenizers_alone(base):
+    add_tokenizer(base)
+    fingerprint = DiffusersFolder(base).text_fingerprint()
+    assert fingerprint.startswith("sha256:")
+
+    weights = base / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    write_json(base / "scheduler/scheduler_config.json", {"shift": 7.0})
+    assert DiffusersFolder(base).text_fingerprint() == fingerprint
+
+    for changed in ("text_encoder/model.safetensors", "tokenizer/sub/tokenizer.json"):
+        data = (base / changed).read_bytes()
+        (base / changed).write_bytes(data[:-1] + b" ")
+        assert DiffusersFolder(base).text_fingerprint() != fingerprint
+        (base / changed).write_bytes(data)
+    write_json(base / "tokenizer/added_tokens.json", {"c": 2})
+    assert DiffusersFolder(base).text_fingerprint() != fingerprint
+
+
+def test_a_lifted_folder_has_the_fingerprint_of_text_that_its_base_has(tmp_path):
+    plan = fake_plan(tmp_path)
+    add_tokenizer(plan.base)
+    convert(plan)
+
+    lifted, base = DiffusersFolder(plan.output), DiffusersFolder(plan.base)
+
+    assert (lifted.path / "tokenizer/sub/tokenizer.json").is_file()
+    assert lifted.text_fingerprint() == base.text_fingerprint()
+    assert lifted.fingerprint("vae") == base.fingerprint("vae")
+
+
+def test_a_model_without_text_encoders_has_no_fingerprint_of_text(base):
+    index = json.loads((base / "model_index.json").read_text())
+    write_json(base / "model_index.json", index | {"text_encoder": [None, None]})
+    assert DiffusersFolder(base).text_fingerprint() is None
 
 
 def test_hashing_that_fails_is_raised_where_its_result_is_needed(base, monkeypatch):
