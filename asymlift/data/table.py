@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from asymlift.data.records import (
     Record,
     text_suffix,
 )
-from asymlift.data.tar import Damage, FileBlocks, scan
+from asymlift.data.tar import Damage, FileBlocks, scan, shown
 
 FORMAT = 1
 MISSING = "shard is missing"
@@ -70,7 +71,10 @@ class Table:
         return self.blob[start : int(self.ends[index])].decode()
 
     def keys(self) -> list[str]:
-        return [self.key(index) for index in range(len(self))]
+        return [self.blob[a:b].decode() for a, b in pairwise([0, *self.ends.tolist()])]
+
+    def where(self, index: int) -> str:
+        return f"{self.path}!{self.key(index)}"
 
     def has(self, suffix: str) -> Ints:
         """(n,) whether each sample has such a part."""
@@ -80,13 +84,13 @@ class Table:
     def record(self, index: int, target: tuple[int, int] | None = None) -> Record:
         parts = {}
         for suffix, spans in self.spans.items():
-            offset, size = spans[index]
+            offset, size = spans[index].tolist()
             if offset >= 0:
                 crc = self.crcs.get(suffix)
                 known = None if crc is None else int(crc[index])
-                parts[suffix] = Part(self.path, int(offset), int(size), known)
-        key, (width, height) = self.key(index), self.sizes[index]
-        return Record(key, f"{self.path}!{key}", parts, int(width), int(height), target)
+                parts[suffix] = Part(self.path, offset, size, known)
+        width, height = self.sizes[index].tolist()
+        return Record(self.key(index), self.where(index), parts, width, height, target)
 
 
 @dataclass
@@ -128,18 +132,17 @@ def index_shard(path: Path) -> Table:
     Damage costs the samples that it touches, no others.
     """
     try:
-        file = path.open("rb")
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            facts = {"bytes": status.st_size, "mtime": status.st_mtime_ns}
+            found, faults = members_of(path, file.fileno(), status.st_size)
+            rows = [
+                Row(key, known_parts(spans), *size_in(file.fileno(), spans))
+                for key, spans in found.items()
+            ]
     except OSError as error:
         reason = MISSING if isinstance(error, FileNotFoundError) else "shard cannot be read"
         return table_of(path, [], [BadSample(str(path), reason, error.strerror or "")], {})
-    with file:
-        status = os.fstat(file.fileno())
-        facts = {"bytes": status.st_size, "mtime": status.st_mtime_ns}
-        found, faults = members_of(path, file.fileno(), status.st_size)
-        rows = [
-            Row(key, known_parts(spans), *size_in(file.fileno(), spans))
-            for key, spans in found.items()
-        ]
     return table_of(path, rows, faults, facts)
 
 
@@ -188,10 +191,10 @@ class Gathering:
             self.suspects.setdefault(key, self.damage)
             self.damage = None
         fault = fault_in_name(name) or (None if plain else ("not a plain file", name))
-        if fault is None and suffix in members:
-            fault = ("duplicate suffix", suffix)
         if fault is None and members and key != self.last:
             fault = ("duplicate key", "the members of a sample must follow each other")
+        if fault is None and suffix in members:
+            fault = ("duplicate suffix", suffix)
         if fault is None and span[1] == 0 and suffix != CAPTION:
             fault = ("empty member", suffix)
         if fault is not None:
@@ -200,8 +203,9 @@ class Gathering:
         self.last = key
 
     def finished(self) -> tuple[dict[str, dict[str, Span]], list[BadSample]]:
-        usual = Counter(suffix for members in self.found.values() for suffix in members)
-        expected = {s for s, count in usual.items() if count > len(self.found) / 2 and s in KNOWN}
+        sound = [members for key, members in self.found.items() if key not in self.suspects]
+        usual = Counter(suffix for members in sound for suffix in members)
+        expected = {s for s, count in usual.items() if count > len(sound) / 2 and s in KNOWN}
         for key, damage in self.suspects.items():
             if lost := expected - self.found[key].keys():
                 detail = f"{', '.join(sorted(lost))} lost, {damage.detail}"
@@ -211,10 +215,9 @@ class Gathering:
             if len(images) > 1:
                 self.wrong.setdefault(key, ("two images", ", ".join(images)))
         named = [
-            BadSample(f"{self.shard}!{key if key.isprintable() else ascii(key)}", *fault)
-            for key, fault in self.wrong.items()
+            BadSample(f"{self.shard}!{shown(key)}", *fault) for key, fault in self.wrong.items()
         ]
-        usable = {key: spans for key, spans in self.found.items() if key not in self.wrong}
+        usable = {k: spans for k, spans in self.found.items() if k and k not in self.wrong}
         return usable, self.faults + named
 
 
@@ -274,12 +277,18 @@ def save_table(table: Table, path: Path) -> bytes:
         **{f"span{suffix}": column for suffix, column in table.spans.items()},
         **{f"crc{suffix}": column for suffix, column in table.crcs.items()},
     }
-    faults = [[f.where, f.reason, f.detail, f.count] for f in table.faults]
-    note = {"format": FORMAT, "facts": dict(table.facts), "faults": faults, "sum": summed(columns)}
+    shard = str(table.path)  # may be elsewhere when the index is read
+    faults = [[f.where.removeprefix(shard), f.reason, f.detail, f.count] for f in table.faults]
+    note: dict[str, Any] = {"format": FORMAT, "facts": dict(table.facts), "faults": faults}
+    note["sum"] = summed(note, columns)
     data: bytes = save(columns, {"asymlift": json.dumps(note, sort_keys=True)})
     own = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other ranks may write it too
-    write_bytes_atomically(own, data)
-    own.replace(path)
+    try:
+        write_bytes_atomically(own, data)
+        own.replace(path)
+    finally:
+        for left in (own, own.with_name(f"{own.name}.part")):
+            left.unlink(missing_ok=True)
     return data
 
 
@@ -289,7 +298,7 @@ def load_table(shard: Path, path: Path) -> Table | None:
         with safe_open(path, "np") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = json.loads(file.metadata()["asymlift"])
-        if note["format"] != FORMAT or note["sum"] != summed(columns):
+        if note["format"] != FORMAT or note.pop("sum") != summed(note, columns):
             return None
         return Table(
             shard,
@@ -298,16 +307,21 @@ def load_table(shard: Path, path: Path) -> Table | None:
             columns.pop("sizes"),
             {name[4:]: column for name, column in columns.items() if name.startswith("span")},
             {name[3:]: column for name, column in columns.items() if name.startswith("crc")},
-            [BadSample(where, why, detail, count=n) for where, why, detail, n in note["faults"]],
+            [
+                BadSample(f"{shard}{inside}", reason, detail, count=count)
+                for inside, reason, detail, count in note["faults"]
+            ],
             note["facts"],
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 
 
-def summed(columns: Mapping[str, Ints]) -> int:
-    """crc32 of all numbers: safetensors does not notice a flipped bit."""
-    value = 0
+def summed(note: Mapping[str, Any], columns: Mapping[str, Ints]) -> int:
+    """crc32 of everything said: safetensors does not notice a flipped bit."""
+    value = zlib.crc32(json.dumps(note, sort_keys=True).encode())
     for name in sorted(columns):
-        value = zlib.crc32(np.ascontiguousarray(columns[name]).tobytes(), value)
+        column = np.ascontiguousarray(columns[name])
+        value = zlib.crc32(f"{name} {column.dtype} {column.shape}".encode(), value)
+        value = zlib.crc32(column.tobytes(), value)
     return value
