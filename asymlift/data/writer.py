@@ -21,6 +21,7 @@ from asymlift.data.table import (
     save_table,
     table_of,
 )
+from asymlift.data.tar import shown
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def write_shard(
 
 
 def check_key(path: Path, key: str, written: Mapping[str, Packed]) -> None:
-    fault = fault_in_name(f"{key}.x") or (("key with a dot", key) if "." in key else None)
+    fault = fault_in_name(f"{key}.x") or (("key with a dot", shown(key)) if "." in key else None)
     if fault or key in written:
-        raise BadSample(f"{path}!{key}", *(fault or ("duplicate key",)))
+        raise BadSample(f"{path}!{shown(key)}", *(fault or ("duplicate key",)))
 
 
 def table_of_written(
