@@ -15,18 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from asymlift.data.pairs import PairReader, in_hash_order
-from asymlift.data.pictures import encode_png, image_to_float
-from asymlift.data.shards import SampleIndex, ShardReader, index_shard, write_shard
+from asymlift.data.buckets import Fit
+from asymlift.data.catalog import open_catalog
+from asymlift.data.packing import pack
+from asymlift.data.pairs import PairReader
+from asymlift.data.pictures import encode_png, image_to_float, tensor_to_picture
+from asymlift.data.reader import Reader
+from asymlift.data.records import FACTS, LATENT, Record
+from asymlift.data.writer import Packed, packed_facts, write_shard
 from asymlift.embedded.scenes import make_scenes
 from asymlift.families.base import Geometry
 from asymlift.maths.basis import (
@@ -79,8 +83,10 @@ def main() -> None:
 
 
 def measure(folder: Path, kind: str, number: int, side: int) -> dict[str, Any]:
-    samples = make_shard(folder / f"{kind}.tar", kind, number + JUDGES, side)
-    fit, judge = samples[:number], samples[number:]
+    shard = folder / f"{kind}.tar"
+    make_shard(shard, kind, number + JUDGES, side)
+    records = records_of(shard)
+    fit, judge = records[:number], records[number:]
     judged = normalise(ours(folder, judge, None))
 
     def timed(make: Callable[[], Moments]) -> tuple[float, float, Tensor, float]:
@@ -109,13 +115,13 @@ def measure(folder: Path, kind: str, number: int, side: int) -> dict[str, Any]:
     return results
 
 
-def textbook(samples: list[SampleIndex]) -> Moments:
-    reader, sums = ShardReader(), Moments.zero(SIZES.D, SIZES.d)
+def textbook(records: list[Record]) -> Moments:
+    reader, sums = Reader(), Moments.zero(SIZES.D, SIZES.d)
     raw = ColorCode(COLOR.space, (0.0, 0.0, 0.0), 1.0)
-    for sample in samples:
-        latent = reader.latent(sample)
+    for record in records:
+        latent = reader.latent(record)
         assert latent is not None
-        image = image_to_float(reader.image(sample)).double()
+        image = image_to_float(reader.image(record)).double()
         x = image_to_tokens(raw.encode(image[None]), SIZES.pixel_patch)[0]
         z = image_to_tokens(latent[None].double(), SIZES.patch)[0]
         sums.num_images += 1
@@ -128,12 +134,9 @@ def textbook(samples: list[SampleIndex]) -> Moments:
     return sums
 
 
-def ours(folder: Path, samples: list[SampleIndex], tokens_per_image: int | None) -> Moments:
-    pairs = PairReader(
-        COLOR.space, SIZES.pixel_patch, SIZES.channels, SIZES.patch,
-        tokens_per_image=tokens_per_image,
-    )  # fmt: skip
-    chunks = cut("fit", samples, smallest=8)
+def ours(folder: Path, records: list[Record], tokens_per_image: int | None) -> Moments:
+    pairs = PairReader(COLOR.space, SIZES, tokens_per_image=tokens_per_image)
+    chunks = cut("fit", records, smallest=8)
     with tempfile.TemporaryDirectory(dir=folder) as statistics:
         work = Statistics(Path(statistics), chunks, pairs, SIZES, max_bad_fraction=0.0)
         work.make(chunks, lambda: False)
@@ -144,7 +147,13 @@ def normalise(moments: Moments) -> Moments:
     return normalised(moments, COLOR.mean, COLOR.std, SIZES.pixel_patch)
 
 
-def make_shard(path: Path, kind: str, number: int, side: int) -> list[SampleIndex]:
+def records_of(shard: Path) -> list[Record]:
+    """In an order that depends on the keys alone, as fit-basis chooses them."""
+    catalog = open_catalog(shard, Fit((SIZES.pixel_patch,), SIZES.pixel_patch))
+    return catalog.lowest_hashes(len(catalog))
+
+
+def make_shard(path: Path, kind: str, number: int, side: int) -> None:
     """Scenes with a little grain, and latents that keep a rotated low-frequency part of them."""
     draw = torch.Generator().manual_seed(0)
     low = random_basis(SIZES.D, SIZES.d, draw)
@@ -154,20 +163,23 @@ def make_shard(path: Path, kind: str, number: int, side: int) -> list[SampleInde
     A = torch.linalg.qr(strong + 0.1 * low)[0] @ random_basis(SIZES.d, SIZES.d, draw)
     grid = (side // SIZES.pixel_patch, side // SIZES.pixel_patch)
 
-    def samples() -> Any:
+    suffix, encode = (".png", encode_png) if kind == "png" else (".jpg", encode_jpeg)
+
+    def samples() -> Iterator[Packed]:
         for index in range(number):
             image = scene(index, side, draw)
             tokens = image_to_tokens(COLOR.encode(image_to_float(image)[None]), SIZES.pixel_patch)
             z = tokens @ A.float() / 3
             z += 0.3 * z.std() * torch.randn(z.shape, generator=draw)
             latent = tokens_to_image(z, SIZES.patch, grid)[0]
-            suffix = ".png" if kind == "png" else ".jpg"
-            facts = json.dumps({"width": side, "height": side}).encode()
-            data = {suffix: encode_png(image) if kind == "png" else encode_jpeg(image)}
-            yield f"{index:06d}", {**data, ".json": facts, **packed(latent)}
+            members = {
+                suffix: encode(image),
+                FACTS: packed_facts({}, side, side),
+                LATENT: pack({"latent": latent}, "float32"),
+            }
+            yield Packed(f"{index:06d}", members, side, side)
 
     write_shard(path, samples())
-    return in_hash_order(index_shard(path).samples)
 
 
 def scene(index: int, side: int, draw: torch.Generator) -> Tensor:
@@ -177,15 +189,10 @@ def scene(index: int, side: int, draw: torch.Generator) -> Tensor:
 
 
 def encode_jpeg(image: Tensor) -> bytes:
+    """With colour at half the resolution, as cameras do."""
     stream = BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(stream, "JPEG", quality=92)
+    tensor_to_picture(image).save(stream, "JPEG", quality=92)
     return stream.getvalue()
-
-
-def packed(latent: Tensor) -> dict[str, bytes]:
-    from safetensors.torch import save
-
-    return {".latent.safetensors": save({"latent": latent.contiguous()})}
 
 
 def memory_of(shard: Path, number: int) -> float:
@@ -195,11 +202,11 @@ def memory_of(shard: Path, number: int) -> float:
 
 def print_memory(shard: Path, number: int) -> None:
     """MiB by which the process grew at most; Linux only."""
-    samples = in_hash_order(index_shard(shard).samples)
-    ours(shard.parent, samples[:1], None)  # what the first product and the first image set up
+    records = records_of(shard)
+    ours(shard.parent, records[:1], None)  # what the first product and the first image set up
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = peak_kib()
-    ours(shard.parent, samples[:number], None)
+    ours(shard.parent, records[:number], None)
     print((peak_kib() - before) / 1024)
 
 

@@ -261,7 +261,7 @@ def origin(report: BasisReport) -> str:
     color = report.color
     mean = ", ".join(f"{value:.4f}" for value in color.mean)
     checked = (
-        "not checked: no cached latents, or no VAE in the base"
+        "not checked: there are none, they name this VAE, or the base has none"
         if report.disagreement is None
         else f"re-encoded a few: they differ by {report.disagreement:.2g} of their energy"
     )

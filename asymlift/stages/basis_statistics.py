@@ -22,8 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from asymlift.artifacts.files import write_bytes_atomically
-from asymlift.data.pairs import PairReader, read_ahead
-from asymlift.data.shards import BadSample, SampleIndex
+from asymlift.data.ahead import read_ahead
+from asymlift.data.pairs import PairReader
+from asymlift.data.records import BadSample, Record
 from asymlift.errors import BadData, StoppedEarly
 from asymlift.families.base import Geometry
 from asymlift.maths.moments import Moments, merge
@@ -43,21 +44,21 @@ class Chunk:
     """A work unit: images whose moments become one file."""
 
     name: str
-    samples: Sequence[SampleIndex]
+    records: Sequence[Record]
 
 
-def cut(role: str, samples: Sequence[SampleIndex], *, smallest: int = CHUNK_IMAGES) -> list[Chunk]:
+def cut(role: str, records: Sequence[Record], *, smallest: int = CHUNK_IMAGES) -> list[Chunk]:
     """Chunks that double from `smallest` on and stay small, unless there would be very many.
 
     From `smallest`, a power of two, on there is a border at every one, to read convergence at.
     """
-    largest = max(CHUNK_IMAGES, 2 ** math.ceil(math.log2(len(samples) / MOST_CHUNKS)))
+    largest = max(CHUNK_IMAGES, 2 ** math.ceil(math.log2(len(records) / MOST_CHUNKS)))
     bounds = [0, smallest]
-    while bounds[-1] < len(samples):
+    while bounds[-1] < len(records):
         bounds.append(bounds[-1] + min(bounds[-1], largest))
-    bounds[-1] = len(samples)
+    bounds[-1] = len(records)
     return [
-        Chunk(f"{role}-{start:07d}-{stop:07d}", samples[start:stop])
+        Chunk(f"{role}-{start:07d}-{stop:07d}", records[start:stop])
         for start, stop in pairwise(bounds)
     ]
 
@@ -82,7 +83,7 @@ class Statistics:
         self.max_bad_fraction = max_bad_fraction
         self.workers, self.device = workers, torch.device(device)
         self.rank, self.world = rank, world
-        self.num_samples = sum(len(chunk.samples) for chunk in chunks)
+        self.num_samples = sum(len(chunk.records) for chunk in chunks)
 
     def make_share(self, stop: Stop) -> None:
         """This rank's chunks, the large ones spread evenly."""
@@ -92,8 +93,8 @@ class Statistics:
         """Make the chunks that are not there yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [chunk for chunk in mine if self.read(chunk) is None]
-        total = sum(len(chunk.samples) for chunk in mine)
-        to_do = sum(len(chunk.samples) for chunk in missing)
+        total = sum(len(chunk.records) for chunk in mine)
+        to_do = sum(len(chunk.records) for chunk in missing)
         faults: list[BadSample] = []
         with progress("moments of images", total, total - to_do) as ticker:
             for number, chunk in enumerate(missing):
@@ -118,26 +119,24 @@ class Statistics:
         faults: list[BadSample] = []
         waiting: list[tuple[Tensor, Tensor]] = []
         num_waiting = 0
-        for number, read in enumerate(read_ahead(self.tokens, chunk.samples, self.workers), 1):
+        for number, read in enumerate(read_ahead(self.tokens, chunk.records, self.workers), 1):
             if isinstance(read, BadSample):
                 faults.append(read)
             else:
                 waiting.append(read)
                 num_waiting += len(read[0])
-            if waiting and (num_waiting >= TOKENS_PER_PRODUCT or number == len(chunk.samples)):
+            if waiting and (num_waiting >= TOKENS_PER_PRODUCT or number == len(chunk.records)):
                 x, z = (torch.cat(parts) for parts in zip(*waiting, strict=True))
                 moments.add(x, z, len(waiting))
                 waiting, num_waiting = [], 0
             ticker.tick()
         return moments, faults
 
-    def tokens(self, sample: SampleIndex) -> tuple[Tensor, Tensor] | BadSample:
+    def tokens(self, record: Record) -> tuple[Tensor, Tensor] | BadSample:
         try:
-            return self.pairs.tokens(sample)
+            return self.pairs.tokens(record)
         except BadSample as fault:
             return fault
-        except OSError as error:
-            return BadSample(sample.where, "cannot be read", str(error))
 
     def write(self, chunk: Chunk, moments: Moments, faults: Sequence[BadSample]) -> None:
         """Commit a chunk; two ranks that do so at once write the same bytes."""
@@ -201,11 +200,19 @@ def checksum(tensors: dict[str, Tensor]) -> int:
 
 def check_budget(faults: Sequence[BadSample], total: int, allowed: float) -> None:
     """Too many bad samples mean that something is wrong with all of them."""
-    if len(faults) > allowed * total:
-        reasons = Counter(fault.reason for fault in faults).most_common(3)
-        listed = ", ".join(f"{reason} {count}" for reason, count in reasons)
+    counted = reasons(faults)
+    if counted.total() > allowed * total:
+        listed = ", ".join(f"{reason} {count}" for reason, count in counted.most_common(3))
         raise BadData(
-            f"{len(faults)} of {total} samples cannot be used ({listed}), allowed are "
+            f"{counted.total()} of {total} samples cannot be used ({listed}), allowed are "
             f"{allowed:.2%} (data.max_bad_fraction).\n"
             + "; ".join(str(fault) for fault in faults[:5])
         )
+
+
+def reasons(faults: Sequence[BadSample]) -> Counter[str]:
+    """Reason -> samples that are lost by it."""
+    counted = Counter[str]()
+    for fault in faults:
+        counted[fault.reason] += fault.count
+    return counted

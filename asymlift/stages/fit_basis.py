@@ -1,6 +1,6 @@
 """fit-basis: images and their latents in, a pixel subspace out.
 
-    shards -> the lowest key hashes -> chunks of moments -> merged -> basis.safetensors + a page
+    catalog -> the lowest key hashes -> chunks of moments -> merged -> basis.safetensors + a page
 
 Which images serve depends on nothing but their keys, so the order of shards changes nothing.
 
@@ -10,8 +10,8 @@ D pixel token width, d latent token width, p pixel patch.
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,8 +25,10 @@ import asymlift
 from asymlift.artifacts.basis_file import Basis, load_basis, save_basis
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically, writing
-from asymlift.data.pairs import PairReader, in_hash_order
-from asymlift.data.shards import LATENT, BadSample, SampleIndex, expand, index_shards
+from asymlift.data.catalog import Catalog, Listed
+from asymlift.data.pairs import PairReader
+from asymlift.data.records import LATENT, BadSample, Part, Record
+from asymlift.data.table import Table
 from asymlift.errors import BadData, CannotWrite
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.basis import (
@@ -41,6 +43,7 @@ from asymlift.maths.basis import (
 )
 from asymlift.maths.color import ColorCode
 from asymlift.maths.moments import Moments, color_statistics, normalised
+from asymlift.recipe import CaptionSection, DataSection
 from asymlift.report.basis_report import (
     BasisReport,
     Comparison,
@@ -50,7 +53,8 @@ from asymlift.report.basis_report import (
     renderings,
 )
 from asymlift.runtime.log import warn
-from asymlift.stages.basis_statistics import Statistics, Stop, check_budget, cut
+from asymlift.stages.basis_statistics import Statistics, Stop, check_budget, cut, reasons
+from asymlift.stages.open_data import check_origin, open_data, tell_what_is_left_out
 
 GOOD_R2, MARGINAL_R2 = 0.5, 0.0  # provisional: no large port has been measured against them yet
 RE_ENCODED = 4  # cached latents that are compared with the VAE's
@@ -59,18 +63,15 @@ PICTURES = 4
 FIRST_CHUNK = 8  # images; convergence is read there and at every power of two above
 FORMAT = 1  # of the statistics; changes with what a chunk holds
 
-Patterns = str | Path | Sequence[str | Path]
-
 
 @dataclass(frozen=True)
 class FitPlan:
     """Everything the result depends on, and where it goes."""
 
-    train: Patterns  # shards
+    data: DataSection  # without validation data some of train are held out
     family: Family
     geometry: Geometry
     out: Path
-    validation: Patterns | None = None  # None: some of train are held out
     base: Path | None = None  # a diffusers folder; its VAE encodes and checks
     space: Literal["rgb", "oklab"] = "oklab"
     mean: tuple[float, float, float] | Literal["fit"] = (0.56, 0.0, 0.01)
@@ -79,11 +80,9 @@ class FitPlan:
     images: int = 1000
     holdout: int = 200
     tokens_per_image: int | None = None
-    max_bad_fraction: float = 0.01
     accept_poor_fit: bool = False
     keep_statistics: bool = False
     overwrite: bool = False  # a basis that is there
-    workers: int = 4  # threads that read ahead
     device: str = "cpu"
     rank: int = 0
     world: int = 1
@@ -104,7 +103,7 @@ def fit_basis(plan: FitPlan, *, stop: Stop = lambda: False) -> BasisReport | Non
         job.statistics.make_share(stop)
         return None
     with exclusive_lock(plan.out / ".fit-basis.lock", f"the basis in {plan.out}"):
-        disagreement = check_pairing(job.pairs, job.cached)
+        disagreement = check_pairing(job.pairs, job.foreign)
         job.statistics.make_share(stop)
         job.statistics.wait_for_others(stop)
         return conclude(plan, job, disagreement)
@@ -140,25 +139,24 @@ class Job:
     """A plan with its images chosen and everything opened that reads them."""
 
     def __init__(self, plan: FitPlan) -> None:
-        self.faults: list[BadSample] = []  # found while indexing
-        fit, judge, total = choose(plan, self.faults)
-        check_budget(self.faults, total + len(self.faults), plan.max_bad_fraction)
+        self.autoencoder = autoencoder_of(plan)
+        catalogs = opened(plan, self.autoencoder)
+        self.faults = [fault for catalog in catalogs for fault in catalog.faults]
+        num_listed = sum(catalog.num_listed for catalog in catalogs)
+        check_budget(self.faults, num_listed, plan.data.max_bad_fraction)
+        fit, judge = choose(plan, *catalogs)
         self.fit, self.judge = cut("fit", fit, smallest=FIRST_CHUNK), cut("judge", judge)
         self.samples = [*fit, *judge]
-        self.cached = [sample for sample in self.samples if LATENT in sample.members]
 
-        base = DiffusersFolder(plan.base) if plan.base else None
-        self.autoencoder = (
-            Autoencoder(base, plan.family, plan.device)
-            if base and "vae" in base.components
-            else None
-        )
-        self.num_encoded = len(self.samples) - len(self.cached) if self.autoencoder else 0
+        sources = [source for catalog in catalogs for source in catalog.sources]
+        self.folders = [source for source in sources if isinstance(source, Listed)]
+        self.shards = {source.path: source for source in sources if isinstance(source, Table)}
+        cached = [record for record in self.samples if LATENT in record.parts]
+        self.foreign = [record for record in cached if not self.is_prepared(record)]
+        self.num_encoded = len(self.samples) - len(cached) if self.autoencoder else 0
         self.pairs = PairReader(
             plan.space,
-            plan.geometry.pixel_patch,
-            plan.geometry.channels,
-            plan.geometry.patch,
+            plan.geometry,
             tokens_per_image=plan.tokens_per_image,
             encode=self.autoencoder.encode if self.autoencoder else None,
             device=plan.device,
@@ -171,56 +169,119 @@ class Job:
             [*self.fit, *self.judge],
             self.pairs,
             plan.geometry,
-            max_bad_fraction=plan.max_bad_fraction,
-            workers=plan.workers,
+            max_bad_fraction=plan.data.max_bad_fraction,
+            workers=plan.data.workers,
             device=plan.device,
             rank=plan.rank,
             world=plan.world,
         )
 
+    def shard_of(self, part: Part) -> Table | None:
+        """None for a picture of a folder or a table."""
+        return None if part.path is None else self.shards.get(part.path)
+
+    def is_prepared(self, record: Record) -> bool:
+        """Whether the shard of its latent names the VAE, which then has been compared."""
+        shard = self.shard_of(record.parts[LATENT])
+        return shard is not None and "vae" in (shard.made or {})
+
     def fingerprint_of_data(self, plan: FitPlan) -> str:
-        """Of all that the moments depend on; a shard counts by name, size and time."""
-        shards = {sample.shard: sample.shard.stat() for sample in self.samples}
+        """Of all that the moments depend on; folders do not count, so a copy is the same data."""
         encoder = self.autoencoder.fingerprint if self.autoencoder and self.num_encoded else None
-        samples = [[sample.shard.name, sample.key] for sample in self.samples]
+        samples = [
+            [record.key, record.target, *map(self.version_of, parts_read(record))]
+            for record in self.samples
+        ]
         return digest(
             [
                 [FORMAT, plan.space, plan.tokens_per_image, asdict(plan.geometry), encoder],
                 [chunk.name for chunk in [*self.fit, *self.judge]],
-                sorted([path.name, s.st_size, s.st_mtime_ns] for path, s in shards.items()),
+                sorted(version_of_shard(shard) for shard in self.shards_read()),
                 samples,
             ]
         )
 
+    def version_of(self, part: Part) -> list[Any]:
+        """The shard's name; size and time of a file; what the bytes are that a table holds."""
+        shard = self.shard_of(part)
+        if shard is not None:
+            return [shard.path.name]
+        if part.path is None:
+            return [hashlib.sha256(part.inline or b"").hexdigest()]
+        return [part.size, part.path.stat().st_mtime_ns]
+
+    def shards_read(self) -> list[Table]:
+        parts = [part for record in self.samples for part in parts_read(record)]
+        found = {shard.path: shard for part in parts if (shard := self.shard_of(part))}
+        return list(found.values())
+
+    def sources(self) -> list[str]:
+        """The names, without their folders, of what the images come from."""
+        paths = [shard.path for shard in self.shards_read()]
+        paths += [folder.path for folder in self.folders]
+        return sorted({path.absolute().name for path in paths})
+
+
+def parts_read(record: Record) -> list[Part]:
+    """The image and the cached latent."""
+    read = (record.image_suffix, LATENT)
+    return [part for suffix, part in record.parts.items() if suffix in read]
+
+
+def version_of_shard(shard: Table) -> list[Any]:
+    """Name, size, and the sha256 where the index knows it, else the time."""
+    known = shard.facts.get("sha256") or str(shard.facts["mtime"])
+    return [shard.path.name, shard.path.stat().st_size, known]
+
+
+def autoencoder_of(plan: FitPlan) -> Autoencoder | None:
+    base = DiffusersFolder(plan.base) if plan.base else None
+    if base is None or "vae" not in base.components:
+        return None
+    return Autoencoder(base, plan.family, plan.device)
+
+
+def opened(plan: FitPlan, autoencoder: Autoencoder | None) -> list[Catalog]:
+    """What fits, and what judges where that is named; made with this model or by no `prepare`."""
+    # Captions and labels play no part here, so nothing is left out for want of them.
+    data = plan.data.model_copy(update={"caption": CaptionSection()})
+    wanted = {"family": plan.family.name}
+    if autoencoder is not None:
+        wanted["vae"] = autoencoder.fingerprint
+    catalogs = []
+    for patterns in (data.train, data.validation):
+        if patterns is not None:
+            catalog = open_data(patterns, data, plan.geometry.pixel_patch)
+            check_origin(catalog.made, wanted, data, str(patterns))
+            if plan.rank == 0:
+                tell_what_is_left_out(catalog)
+            catalogs.append(catalog)
+    return catalogs
+
 
 def choose(
-    plan: FitPlan, faults: list[BadSample]
-) -> tuple[list[SampleIndex], list[SampleIndex], int]:
-    """(images that fit, images that judge, how many there are): the lowest hashes of their keys."""
-
-    def indexed(patterns: Patterns) -> list[SampleIndex]:
-        shards = index_shards(expand(patterns), on_bad=faults.append)
-        return in_hash_order(sample for shard in shards for sample in shard.samples)
-
-    train = indexed(plan.train)
+    plan: FitPlan, train: Catalog, validation: Catalog | None = None
+) -> tuple[list[Record], list[Record]]:
+    """(images that fit, images that judge): the lowest hashes of their keys."""
     total = len(train)
-    if plan.validation is not None:
-        judges = indexed(plan.validation)
-        total += len(judges)
-        fit, judge = train[: plan.images], judges[: plan.holdout]
+    if validation is not None:
+        total += len(validation)
+        fit = train.lowest_hashes(plan.images)
+        judge = validation.lowest_hashes(plan.holdout)
     else:
         wanted, held = plan.images + plan.holdout, plan.holdout
         if total < wanted:
             held = max(1, total * plan.holdout // wanted)
             warn(f"{total} images where {wanted} are asked for: {held} of them only judge")
-        fit = train[: min(plan.images, total - held)]
-        judge = train[len(fit) : len(fit) + held]
+        chosen = train.lowest_hashes(wanted)
+        fit = chosen[: min(plan.images, total - held)]
+        judge = chosen[len(fit) : len(fit) + held]
     if not fit or not judge:
         raise BadData(
-            f"{plan.train}: {total} usable images are too few: at least one must fit the basis "
-            "and another judge it"
+            f"{plan.data.train}: {total} usable images are too few: at least one must fit the "
+            "basis and another judge it"
         )
-    return fit, judge, total
+    return fit, judge
 
 
 def finished(plan: FitPlan, job: Job) -> BasisReport | None:
@@ -237,16 +298,16 @@ def finished(plan: FitPlan, job: Job) -> BasisReport | None:
     return BasisReport.from_facts(facts["report"], path, plan.out / "basis-report.html")
 
 
-def check_pairing(pairs: PairReader, cached: Sequence[SampleIndex]) -> float | None:
+def check_pairing(pairs: PairReader, cached: Sequence[Record]) -> float | None:
     """Compare cached latents with what the VAE makes of their images; None if it cannot.
 
     A cache of other images has the right shapes and would spoil everything in silence.
     """
     found: dict[str, float] = {}
-    for sample in cached if pairs.encode else []:
+    for record in cached if pairs.encode else []:
         try:
-            found[sample.where] = pairs.disagreement(sample)
-        except (BadSample, OSError):
+            found[record.where] = pairs.disagreement(record)
+        except BadSample:
             continue  # counted when its chunk is made
         if len(found) == RE_ENCODED:
             break
@@ -276,7 +337,7 @@ def conclude(plan: FitPlan, job: Job, disagreement: float | None) -> BasisReport
     """Fit on the merged moments, judge on the held-out ones, write the page and then the basis."""
     raw_fit, bad_fit = job.statistics.total(job.fit)
     raw_judge, bad_judge = job.statistics.total(job.judge)
-    check_budget([*bad_fit, *bad_judge], len(job.samples), plan.max_bad_fraction)
+    check_budget([*bad_fit, *bad_judge], len(job.samples), plan.data.max_bad_fraction)
     check_moments(plan, raw_fit, raw_judge)
     faults = [*job.faults, *bad_fit, *bad_judge]
 
@@ -303,7 +364,7 @@ def conclude(plan: FitPlan, job: Job, disagreement: float | None) -> BasisReport
         num_images=fit.num_images,
         num_tokens=fit.num_tokens,
         num_judges=judge.num_images,
-        judges="validation shards" if plan.validation is not None else "held out of training",
+        judges="validation data" if plan.data.validation is not None else "held out of training",
         comparisons=[
             *compare(plan, A, s, fit, judge),
             *compare_colors(plan, raw_fit, raw_judge),
@@ -314,7 +375,7 @@ def conclude(plan: FitPlan, job: Job, disagreement: float | None) -> BasisReport
         pca_energy=column_energy(pca(fit, d)[0], judge).tolist(),
         num_encoded=job.num_encoded,
         disagreement=disagreement,
-        skipped=dict(Counter(fault.reason for fault in faults)),
+        skipped=dict(reasons(faults)),
         skipped_samples=[short(fault) for fault in faults],
     )
     page = basis_page(report, A, examples(plan, job, report, A))
@@ -414,7 +475,7 @@ def converge(
     """(images, R2, captured) at every power of two, and at the end."""
     points, read = [], 0
     for chunk, (moments, _) in zip(job.fit, job.statistics.running(job.fit), strict=True):
-        read += len(chunk.samples)
+        read += len(chunk.records)
         due = read & (read - 1) == 0 or chunk is job.fit[-1]
         if due and moments.num_tokens >= plan.geometry.d:
             some = normalised(moments, color.mean, color.std, plan.geometry.pixel_patch)
@@ -439,7 +500,7 @@ def basis_of(plan: FitPlan, job: Job, report: BasisReport, A: Tensor) -> Basis:
         facts={
             "fingerprint": job.fingerprint,
             "data": job.data_fingerprint,
-            "shards": sorted({sample.shard.name for sample in job.samples}),
+            "sources": job.sources(),
             "tokens_per_image": plan.tokens_per_image,
             "versions": {"asymlift": asymlift.__version__, "torch": torch.__version__},
             "report": report.facts(),
@@ -449,20 +510,21 @@ def basis_of(plan: FitPlan, job: Job, report: BasisReport, A: Tensor) -> Basis:
 
 def short(fault: BadSample) -> str:
     """Without the folders, which are nobody's business in a file that travels."""
-    shard, _, key = fault.where.rpartition("!")
-    detail = f" ({fault.detail})" if fault.detail else ""
-    return f"{os.path.basename(shard)}!{key}: {fault.reason}{detail}"  # noqa: PTH119
+    shard, mark, key = fault.where.rpartition("!")
+    name = f"{os.path.basename(shard)}!{key}" if mark else os.path.basename(key)  # noqa: PTH119
+    detail = re.sub(r"\S*/", "", fault.detail)
+    return f"{name}: {fault.reason} ({detail})" if detail else f"{name}: {fault.reason}"
 
 
 def examples(plan: FitPlan, job: Job, report: BasisReport, A: Tensor) -> list[HeldOutPictures]:
     """The first few images that judge, as the basis and as the VAE show them."""
     made: list[HeldOutPictures] = []
-    for sample in (sample for chunk in job.judge for sample in chunk.samples):
+    for record in (record for chunk in job.judge for record in chunk.records):
         if len(made) == PICTURES:
             break
         try:
-            pair = job.pairs.pair(sample)
-        except (BadSample, OSError):
+            pair = job.pairs.pair(record)
+        except BadSample:
             continue
         decoded = job.autoencoder.decode(pair.latent[None])[0] if job.autoencoder else None
         made.append(renderings(*pair, decoded, report, A.float(), plan.geometry.patch))

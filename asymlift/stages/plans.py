@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
-from asymlift.data.shards import expand
+from asymlift.data.catalog import expand
 from asymlift.errors import BadRecipe, StoppedEarly, Unavailable
 from asymlift.maths.color import ColorCode
 from asymlift.recipe import Recipe
@@ -43,8 +43,7 @@ def run_fit_basis(
     quiet_unless_first(ranks)
     family, geometry = family_of(recipe, base)
     plan = FitPlan(
-        train=recipe.data.train,
-        validation=recipe.data.validation,
+        data=recipe.data,
         family=family,
         geometry=geometry,
         out=recipe.run_folder,
@@ -56,10 +55,8 @@ def run_fit_basis(
         images=recipe.basis.images,
         holdout=recipe.basis.holdout,
         tokens_per_image=recipe.basis.tokens_per_image,
-        max_bad_fraction=recipe.data.max_bad_fraction,
         accept_poor_fit=accept_poor_fit,
         overwrite=overwrite,
-        workers=recipe.data.workers,
         device=str(dist.device_for(ranks)),
         rank=ranks.rank,
         world=ranks.world,
@@ -82,9 +79,15 @@ def check_fit_basis(recipe: Recipe) -> dict[str, Any]:
         "family": family.name,
         "latent token": f"{geometry.d} numbers",
         "pixel token": f"{geometry.D} numbers, patches of {geometry.pixel_patch} pixels",
-        "shards": len(expand(recipe.data.train)),
+        **about_data(recipe),
         "would write": str(basis_path(recipe)),
     }
+
+
+def about_data(recipe: Recipe) -> dict[str, int]:
+    found = expand(recipe.data.train)
+    counts = {"shards": len(found.shards), "folders and tables": len(found.listings)}
+    return {name: count for name, count in counts.items() if count}
 
 
 # ---- convert -----------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def check_finetune(recipe: Recipe) -> dict[str, Any]:
     found = newest_whole(checkpoints_path(recipe), log.warn)
     return {
         "lifted": str(needed(lifted_path(recipe), "convert")),
-        "shards": len(expand(recipe.data.train)),
+        **about_data(recipe),
         "ranks": ranks.world,
         "batch": f"{ranks.world} x {recipe.finetune.micro_batch} x {accumulation} accumulated",
         "starts at step": found.step if found else 0,

@@ -1,6 +1,5 @@
 """Pixels and latents of the same cell stay together, whatever is sampled or resized."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,18 +7,33 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from asymlift.data.pairs import PairReader, in_hash_order, read_ahead, same_picture
-from asymlift.data.pictures import image_to_float, resize_image
-from asymlift.data.shards import BadSample, Sample, SampleIndex, index_shard, write_shard
+from asymlift.data.buckets import Fit, fit_image
+from asymlift.data.catalog import Catalog, open_catalog
+from asymlift.data.pairs import PairReader
+from asymlift.data.pictures import image_to_float
+from asymlift.data.records import LATENT, BadSample, Record, Sample
+from asymlift.data.writer import Packed, packed_sample, write_shard
+from asymlift.families.base import Geometry
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import image_to_tokens
 
-PATCH, CHANNELS, LATENT_PATCH = 8, 4, 2  # the VAE shrinks by 4
+SIZES = Geometry(vae_factor=4, channels=4, patch=2)
+PATCH, LATENT_PATCH = SIZES.pixel_patch, SIZES.patch
 
 
-def make(path: Path, *samples: Sample) -> list[SampleIndex]:
+def open_samples(path: Path, *samples: Sample | Packed, side: int = 16) -> Catalog:
     write_shard(path / "000000.tar", samples)
-    return index_shard(path / "000000.tar").samples
+    return open_catalog(path / "000000.tar", Fit((side,), PATCH))
+
+
+def make(path: Path, *samples: Sample | Packed, side: int = 16) -> list[Record]:
+    return list(open_samples(path, *samples, side=side))
+
+
+def with_latent(key: str, image: torch.Tensor, data: bytes) -> Packed:
+    """A sample whose latent others have stored."""
+    packed = packed_sample(Sample(key, image))
+    return replace(packed, members={**packed.members, LATENT: data})
 
 
 def image_of(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -33,7 +47,7 @@ def latent_of(height: int, width: int) -> torch.Tensor:
 
 
 def reader(**options) -> PairReader:
-    return PairReader("oklab", PATCH, CHANNELS, LATENT_PATCH, **options)
+    return PairReader("oklab", SIZES, **options)
 
 
 def test_tokens_are_raw_colours_and_latents_of_the_same_cell(tmp_path):
@@ -66,32 +80,39 @@ def test_asking_for_more_tokens_than_there_are_gives_all(tmp_path):
     assert len(reader(tokens_per_image=99).tokens(sample)[0]) == 4
 
 
-def test_an_image_of_another_size_is_brought_to_the_latents(tmp_path):
-    image = image_of(68, 102)
+def test_an_image_with_a_latent_keeps_its_size_but_for_whole_patches(tmp_path):
+    image = image_of(39, 50)
     (sample,) = make(tmp_path, Sample("a", image, latent=latent_of(8, 12)))
-    assert torch.equal(reader().pair(sample).image, resize_image(image, 32, 48))
+    assert torch.equal(reader().pair(sample).image, fit_image(image, 32, 48))
 
 
-def test_a_missing_latent_is_made_from_whole_patches(tmp_path):
+def test_a_missing_latent_is_made_of_the_image_in_its_bucket(tmp_path):
     seen = []
 
     def encode(image: torch.Tensor) -> torch.Tensor:
         seen.append(image)
         return image.mean(1, keepdim=True)[:, :, ::4, ::4].repeat(1, 4, 1, 1)
 
-    image = image_of(39, 50)
-    (sample,) = make(tmp_path, Sample("a", image))
+    image = image_of(39, 55)
+    (sample,) = make(tmp_path, Sample("a", image), side=40)
     pair = reader(encode=encode).pair(sample)
-    assert torch.equal(pair.image, resize_image(image, 32, 48))
+    assert torch.equal(pair.image, fit_image(image, 32, 48))
     assert torch.equal(seen[0], image_to_float(pair.image)[None])
     assert pair.latent.shape == (4, 8, 12)
 
 
-def test_a_huge_image_is_shrunk_before_it_is_encoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("asymlift.data.pairs.MAX_ENCODED_PIXELS", 40 * 40)
+@pytest.mark.parametrize(
+    "size, bucket", [((200, 100), (24, 40)), ((90, 93), (32, 32)), ((32, 32), (32, 32))]
+)
+def test_a_large_image_is_shrunk_before_it_is_encoded(tmp_path, size, bucket):
     encode = lambda image: torch.zeros(1, 4, image.shape[2] // 4, image.shape[3] // 4)  # noqa: E731
-    (sample,) = make(tmp_path, Sample("a", image_of(200, 100)))
-    assert reader(encode=encode).pair(sample).image.shape == (3, 56, 24)
+    lying, upright = make(
+        tmp_path, Sample("a", image_of(*size[::-1])), Sample("b", image_of(*size)), side=32
+    )
+    assert reader(encode=encode).pair(lying).image.shape == (3, *bucket)
+    x, z = reader(encode=encode).tokens(upright)
+    assert len(x) == len(z) == bucket[0] * bucket[1] // PATCH**2
+    assert len(reader(encode=encode, tokens_per_image=5).tokens(upright)[0]) == 5
 
 
 SMALL, NAN = torch.zeros(3, 16, 16, dtype=torch.uint8), float("nan")
@@ -100,46 +121,42 @@ SMALL, NAN = torch.zeros(3, 16, 16, dtype=torch.uint8), float("nan")
 @pytest.mark.parametrize(
     "reason, latent",
     [
-        ("no cached latent", None),
         ("latent has the wrong number of channels", torch.zeros(16, 4, 4)),
         ("latent has the wrong shape", torch.zeros(4, 5, 4)),
         ("latent has the wrong shape", torch.zeros(4, 0, 4)),
+        ("latent has the wrong shape", torch.zeros(4, 4, 12)),
+        ("latent has the wrong shape", torch.zeros(4, 2, 2)),  # of the image at half its size
         ("latent has the wrong dtype", torch.zeros(4, 4, 4, dtype=torch.int32)),
-        ("latent of another size", torch.zeros(4, 4, 12)),
         ("latent holds NaN or infinity", torch.full((4, 4, 4), NAN)),
     ],
 )
 def test_a_latent_that_cannot_belong_is_named(tmp_path, reason, latent):
-    (sample,) = make(tmp_path, Sample("bad", SMALL, latent=latent))
+    (sample,) = make(tmp_path, with_latent("bad", SMALL, save({"latent": latent})))
     with pytest.raises(BadSample, match=r"000000\.tar!bad: " + reason):
         reader().tokens(sample)
 
 
-def test_an_image_smaller_than_a_patch_and_a_vae_that_fails_are_named(tmp_path):
-    tiny, fine = make(tmp_path, Sample("a", image_of(7, 30)), Sample("b", image_of(16, 16)))
+def test_without_a_latent_and_without_a_vae_a_sample_is_named(tmp_path):
+    (sample,) = make(tmp_path, Sample("bad", SMALL))
+    with pytest.raises(BadSample, match=r"000000\.tar!bad: no cached latent"):
+        reader().tokens(sample)
+
+
+def test_an_image_smaller_than_a_patch_never_comes_here(tmp_path):
+    tiny = image_of(7, 30)
+    catalog = open_samples(
+        tmp_path, Sample("a", tiny), Sample("b", tiny, latent=latent_of(1, 7)), Sample("c", SMALL)
+    )
+    assert [record.key for record in catalog] == ["c"]
+    assert [fault.reason for fault in catalog.refused] == ["too elongated"]
+    assert [fault.reason for fault in catalog.faults] == ["smaller than one patch"]
+
+
+def test_a_vae_that_fails_is_named(tmp_path):
+    (sample,) = make(tmp_path, Sample("a", image_of(16, 16)))
     failing = reader(encode=lambda image: torch.full((1, 4, 4, 4), NAN))
-    with pytest.raises(BadSample, match="image smaller than a patch"):
-        failing.tokens(tiny)
     with pytest.raises(BadSample, match="the VAE's latent holds NaN"):
-        failing.tokens(fine)
-
-
-@pytest.mark.parametrize(
-    "size, new_size, same",
-    [
-        ((512, 512), (512, 512), True),
-        ((1000, 750), (992, 736), True),  # cut to whole patches
-        ((4000, 3000), (1024, 768), True),
-        ((100, 75), (96, 64), True),
-        ((512, 512), (512, 768), False),
-        ((512, 768), (768, 512), False),
-        ((16, 160), (16, 16), False),
-        ((1024, 1024), (1024, 960), False),
-    ],
-)
-def test_a_change_of_shape_is_another_picture(size, new_size, same):
-    assert same_picture(*size, *new_size, 16) is same
-    assert same_picture(*size[::-1], *new_size[::-1], 16) is same
+        failing.tokens(sample)
 
 
 def test_the_disagreement_tells_the_right_latent_from_another(tmp_path):
@@ -157,50 +174,24 @@ def test_the_disagreement_tells_the_right_latent_from_another(tmp_path):
     assert 1.5 < reader(encode=encode).disagreement(wrong) < 2.5
 
 
-def test_the_order_depends_on_keys_alone(tmp_path):
-    samples = make(tmp_path, *(Sample(f"{i:04d}", SMALL) for i in range(50)))
-    order = in_hash_order(samples)
-    elsewhere = [replace(sample, shard=Path("other.tar")) for sample in reversed(samples)]
-    assert [s.key for s in in_hash_order(elsewhere)] == [s.key for s in order]
-    assert [s.key for s in order] != sorted(s.key for s in samples)
+def test_the_chosen_samples_depend_on_keys_alone(tmp_path):
+    samples = [Sample(f"{i:04d}", SMALL) for i in range(50)]
+    catalog = open_samples(tmp_path / "one", *samples)
+    order = [record.key for record in catalog.lowest_hashes(50)]
+    for number, some in enumerate([samples[:20], samples[20:][::-1]]):
+        write_shard(tmp_path / "two" / f"{1 - number}.tar", some)
+    elsewhere = open_catalog(tmp_path / "two", Fit((16,), PATCH))
+    assert [record.key for record in elsewhere.lowest_hashes(50)] == order
+    assert sorted(order) == [sample.key for sample in samples] != order
+    assert [record.key for record in elsewhere.lowest_hashes(7)] == order[:7]
     # Leaving some out changes nothing in the order of the others.
-    assert in_hash_order(samples[::2]) == [s for s in order if s in samples[::2]]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 4])
-def test_reading_ahead_keeps_the_order_and_stays_near(workers):
-    begun = []
-
-    def read(item: int) -> int:
-        begun.append(item)
-        time.sleep(0.001 * (item % 3))
-        return item * item
-
-    results = read_ahead(read, range(40), workers)
-    for expected in range(10):
-        assert next(results) == expected**2
-    assert len(begun) <= 10 + 2 * workers + 1
-    assert list(results) == [item**2 for item in range(10, 40)]
-
-
-def test_reading_ahead_stops_with_its_reader():
-    def read(item: int) -> int:
-        if item == 3:
-            raise ValueError("three")
-        return item
-
-    with pytest.raises(ValueError, match="three"):
-        list(read_ahead(read, range(1000), 2))
-    results = read_ahead(read, range(3), 2)
-    next(results)
-    results.close()
+    fewer = open_samples(tmp_path / "three", *samples[::2])
+    assert [record.key for record in fewer.lowest_hashes(99)] == [
+        key for key in order if int(key) % 2 == 0
+    ]
 
 
 def test_metadata_of_a_latent_file_does_not_matter(tmp_path):
-    members = {".latent.safetensors": save({"latent": latent_of(4, 4)}, {"vae": "sha256:0"})}
-    from asymlift.data.shards import pack
-
-    key, packed = pack(Sample("a", SMALL))
-    write_shard(tmp_path / "000000.tar", [(key, {**packed, **members})])
-    (sample,) = index_shard(tmp_path / "000000.tar").samples
+    data = save({"latent": latent_of(4, 4)}, {"vae": "sha256:0"})
+    (sample,) = make(tmp_path, with_latent("a", SMALL, data))
     assert torch.equal(reader().pair(sample).latent, latent_of(4, 4))

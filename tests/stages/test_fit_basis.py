@@ -1,11 +1,15 @@
 """fit-basis finds the subspace that made the latents, and nothing can change what it finds."""
 
 import dataclasses
+import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,14 +18,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from asymlift.artifacts.basis_file import load_basis
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
-from asymlift.data.pairs import PairReader, in_hash_order
+from asymlift.data import catalog
+from asymlift.data.buckets import Fit
+from asymlift.data.catalog import open_catalog
+from asymlift.data.pairs import PairReader
 from asymlift.data.pictures import encode_png, image_to_float
-from asymlift.data.shards import Sample, index_shard, pack, write_shard
+from asymlift.data.records import LATENT, Sample
+from asymlift.data.table import index_path, index_shard, load_table
+from asymlift.data.writer import Packed, packed_sample, write_shard
 from asymlift.embedded import MODELS, PIXEL_MEAN, PIXEL_STD
 from asymlift.embedded.scenes import make_scenes
 from asymlift.errors import BadData, CannotWrite, StoppedEarly
@@ -30,6 +40,7 @@ from asymlift.families.base import Geometry
 from asymlift.maths.basis import principal_angles, random_basis
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.recipe import CaptionSection, DataSection, ResizeSection
 from asymlift.report.basis_report import BasisReport
 from asymlift.stages import basis_statistics
 from asymlift.stages.basis_statistics import cut
@@ -90,10 +101,19 @@ def made(images: Tensor, true_basis: Tensor) -> list[Sample]:
     return samples_of(images, latents_from(images, true_basis, TRUE_S, noise=0.4))
 
 
-def write(folder: Path, samples: list[Sample], per_shard: int = 64) -> str:
+def write(folder: Path, samples: list[Sample], per_shard: int = 64, **how: object) -> str:
     for number, start in enumerate(range(0, len(samples), per_shard)):
-        write_shard(folder / f"{number:03d}.tar", samples[start : start + per_shard])
+        write_shard(folder / f"{number:03d}.tar", samples[start : start + per_shard], **how)
     return str(folder / "*.tar")
+
+
+def write_foreign(path: Path, members: dict[str, bytes]) -> None:
+    """A shard as others make them: no index, no checks."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +121,12 @@ def train(made: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(tmp_path_factory.mktemp("shards"), made)
 
 
-def plan_for(train: str, out: Path, **changes: object) -> FitPlan:
+def plan_for(train: str | list[str], out: Path, **changes: object) -> FitPlan:
+    """`changes` are of the plan or of its data."""
+    section = {"train": train, "workers": 0, "resize": ResizeSection(sides=[HEIGHT])}
+    section |= {name: changes.pop(name) for name in DataSection.model_fields if name in changes}
     plan = FitPlan(
-        train, FAMILIES["flux2"], SIZES, out, images=NUM_FIT, holdout=NUM_JUDGES, workers=0
+        DataSection(**section), FAMILIES["flux2"], SIZES, out, images=NUM_FIT, holdout=NUM_JUDGES
     )
     return dataclasses.replace(plan, **changes)
 
@@ -148,18 +171,16 @@ def test_the_subspace_and_scale_that_made_the_latents_are_found(images, true_bas
     assert report.score.r2 == pytest.approx(1, abs=1e-9)
     assert report.score.explained == pytest.approx(report.score.captured * report.score.r2)
     assert (report.num_images, report.num_judges) == (NUM_IMAGES, NUM_JUDGES)
-    assert report.judges == "validation shards"
+    assert report.judges == "validation data"
 
 
 def test_moments_on_disk_give_the_basis_of_a_naive_loop(train, made, reference):
     """Per image, all in float64: the textbook, on the images that fit-basis chose."""
     by_key = {sample.key: sample for sample in made}
-    order = in_hash_order(s for path in sorted(Path(train).parent.iterdir())
-                          for s in index_shard(path).samples)  # fmt: skip
     cross = torch.zeros(SIZES.d, SIZES.D, dtype=torch.float64)
     energy_z, pixels = 0.0, []
-    for index in order[:NUM_FIT]:
-        sample = by_key[index.key]
+    for record in open_catalog(train, Fit((HEIGHT,), PATCH)).lowest_hashes(NUM_FIT):
+        sample = by_key[record.key]
         x = tokens_of(sample.image[None])[0]
         z = image_to_tokens(sample.latent[None].double(), SIZES.patch)[0]
         cross += z.T @ x
@@ -179,7 +200,7 @@ def test_the_basis_carries_its_provenance(reference):
     assert basis.color == COLOR and basis.patch == PATCH and basis.family == "flux2"
     assert (basis.method, basis.num_images, basis.vae_fingerprint) == ("procrustes", NUM_FIT, None)
     assert basis.alignment["r2"] == report.r2 and len(basis.spectrum) == SIZES.d
-    assert basis.facts["shards"] == ["000.tar", "001.tar", "002.tar"]
+    assert basis.facts["sources"] == ["000.tar", "001.tar", "002.tar"]
     assert str(report.path.parent.parent) not in str(basis.facts)
     assert torch.dist(A.T @ A, torch.eye(SIZES.d)) < 1e-5
 
@@ -239,11 +260,11 @@ def test_convergence_is_read_at_powers_of_two_and_at_the_end(reference):
 def test_chunks_cover_everything_once_and_stay_few(number):
     samples = list(range(number))
     chunks = cut("fit", samples, smallest=8)  # type: ignore[arg-type]
-    assert [s for chunk in chunks for s in chunk.samples] == samples
-    ends = {chunks[0].samples[0]} | {chunk.samples[-1] + 1 for chunk in chunks}
+    assert [s for chunk in chunks for s in chunk.records] == samples
+    ends = {chunks[0].records[0]} | {chunk.records[-1] + 1 for chunk in chunks}
     assert ends >= {2**k for k in range(3, 20) if 2**k <= number}
     assert len(chunks) <= 80
-    assert number > 4096 or max(len(chunk.samples) for chunk in chunks) <= 64
+    assert number > 4096 or max(len(chunk.records) for chunk in chunks) <= 64
 
 
 # ---- R9: nothing changes what it finds -------------------------------------------------------
@@ -254,9 +275,9 @@ def test_the_order_of_samples_and_shards_does_not_matter(made, reference, tmp_pa
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(NUM_IMAGES, generator=draw).tolist()
     train = write(tmp_path / "shards", [made[i] for i in order], per_shard=[7, 50, 400][seed])
-    shards = sorted(Path(train).parent.iterdir(), reverse=bool(seed % 2))
+    shards = sorted(map(str, Path(train).parent.glob("*.tar")), reverse=bool(seed % 2))
 
-    _, A, _ = fitted(plan_for(shards, tmp_path / "run", workers=seed))  # type: ignore[arg-type]
+    _, A, _ = fitted(plan_for(shards, tmp_path / "run", workers=seed))
 
     assert same_projector(A, reference.A) <= 1e-10
     assert torch.equal(A, reference.A)  # it is even the same bits
@@ -264,18 +285,46 @@ def test_the_order_of_samples_and_shards_does_not_matter(made, reference, tmp_pa
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_ranks_gives_the_same_bytes(train, reference, tmp_path, world):
-    plans = [plan_for(train, tmp_path, rank=rank, world=world) for rank in range(world)]
+    report = fitted_by_ranks(train, tmp_path, world)
+    assert report.path.read_bytes() == reference.data
+
+
+def fitted_by_ranks(train: str, out: Path, world: int) -> BasisReport:
+    """All ranks at once; rank 0 has to wait for the others."""
     reports: dict[int, BasisReport | None] = {}
     threads = [
         threading.Thread(target=lambda plan=plan: reports.update({plan.rank: fit_basis(plan)}))
-        for plan in plans  # rank 0 has to wait for the others
+        for plan in [plan_for(train, out, rank=rank, world=world) for rank in range(world)]
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert reports[0] is not None and [reports[r] for r in range(1, world)] == [None] * (world - 1)
-    assert reports[0].path.read_bytes() == reference.data
+    report = reports.pop(0)
+    assert report is not None and list(reports.values()) == [None] * (world - 1)
+    return report
+
+
+def test_ranks_may_index_the_same_shard_at_once(train, reference, tmp_path, monkeypatch):
+    """None is indexed before all have begun to, and then all of them write the index."""
+    world, shards = 3, tmp_path / "shards"
+    shutil.copytree(Path(train).parent, shards, ignore=shutil.ignore_patterns("*.index.*"))
+    scanned = threading.Barrier(world)
+
+    def scan_together(path: Path) -> object:
+        table = index_shard(path)
+        scanned.wait(30)
+        return table
+
+    monkeypatch.setattr(catalog, "index_shard", scan_together)
+    monkeypatch.setenv("ASYMLIFT_CACHE", str(tmp_path / "cache"))
+
+    report = fitted_by_ranks(str(shards / "*.tar"), tmp_path / "run", world)
+
+    assert torch.equal(load_basis(report.path).A, reference.A)
+    found = sorted(shards.glob("*.tar"))
+    assert all(load_table(path, index_path(path)) is not None for path in found)
+    assert len(list(shards.iterdir())) == 2 * len(found) and not (tmp_path / "cache").exists()
 
 
 def test_ranks_may_run_one_after_the_other(train, reference, tmp_path):
@@ -398,9 +447,14 @@ def test_changed_shards_or_settings_do_not_reuse_what_was_made(made, tmp_path):
         fit_basis(dataclasses.replace(plan, overwrite=True, **change))
         assert len(list((tmp_path / "run/basis-statistics").iterdir())) == number
     shard = Path(train).parent / "000.tar"
-    os.utime(shard, ns=(1, 1))
+    os.utime(shard, ns=(1, 1))  # the index knows the sha256 ...
     fit_basis(dataclasses.replace(plan, overwrite=True))
-    assert len(list((tmp_path / "run/basis-statistics").iterdir())) == number + 1
+    assert len(list((tmp_path / "run/basis-statistics").iterdir())) == number
+    for time_ns in (1, 2):  # ... and one that was made here does not
+        index_path(shard).unlink()
+        os.utime(shard, ns=(time_ns, time_ns))
+        fit_basis(dataclasses.replace(plan, overwrite=True))
+        assert len(list((tmp_path / "run/basis-statistics").iterdir())) == number + time_ns
 
 
 # ---- what is refused -------------------------------------------------------------------------
@@ -449,28 +503,24 @@ def test_a_marginal_fit_is_called_so(images, true_basis, tmp_path):
     assert report.verdict == "marginal" and 0 <= report.r2 < 0.5
 
 
-def bad_members(kind: str) -> dict[str, bytes]:
-    _, members = pack(Sample("bad", torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)))
-    other = torch.zeros(4, 6, 8)
-    wrong = {
-        "latent holds NaN or infinity": other + float("nan"),
+def bad_sample(key: str, kind: str) -> Packed:
+    image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
+    packed = packed_sample(Sample(key, image))
+    latent = {
+        "latent holds NaN or infinity": torch.full((4, 6, 8), torch.nan),
         "latent has the wrong number of channels": torch.zeros(16, 6, 8),
-        "latent of another size": torch.zeros(4, 6, 40),
-    }
-    if kind in wrong:
-        _, members = pack(
-            Sample("bad", torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8), latent=wrong[kind])
-        )
+        "latent has the wrong shape": torch.zeros(4, 6, 40),
+    }.get(kind)
+    changed = {} if latent is None else {LATENT: save({"latent": latent})}
     if kind == "image cannot be decoded":
-        image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
-        members = {".png": encode_png(image)[:500], ".json": members[".json"]}
-    return dict(members)
+        changed = {".png": encode_png(image)[:500]}
+    return dataclasses.replace(packed, members={**packed.members, **changed})
 
 
 BAD = [
     "latent holds NaN or infinity",
     "latent has the wrong number of channels",
-    "latent of another size",
+    "latent has the wrong shape",
     "image cannot be decoded",
     "no cached latent",
 ]
@@ -478,27 +528,52 @@ BAD = [
 
 def test_bad_samples_are_skipped_counted_and_named(made, tmp_path):
     train = write(tmp_path / "shards", made)
-    bad = [(f"bad{n}", bad_members(kind)) for n, kind in enumerate(BAD)]
-    write_shard(tmp_path / "shards/900.tar", [*bad, ("bad9", {".png": b""})])
+    bad = [bad_sample(f"bad{n}", kind) for n, kind in enumerate(BAD)]
+    write_shard(tmp_path / "shards/900.tar", [*bad, made[0]])
+    write_foreign(tmp_path / "shards/901.tar", {"bad9.png": b""})
     total = NUM_IMAGES + len(BAD)
     plan = plan_for(train, tmp_path / "run", images=total - NUM_JUDGES, max_bad_fraction=0.05)
 
     report, _, _ = fitted(plan)
 
-    assert report.skipped == dict.fromkeys([*BAD, "empty member"], 1)
+    assert report.skipped == dict.fromkeys([*BAD, "empty member", "duplicate key"], 1)
     assert report.num_images + report.num_judges == NUM_IMAGES
     assert sorted(line.split(":")[0] for line in report.skipped_samples) == [
+        "900.tar!0000",
         *(f"900.tar!bad{n}" for n in range(len(BAD))),
-        "900.tar!bad9",
+        "901.tar!bad9",
     ]
+    assert "900.tar!0000: duplicate key (also in 000.tar)" in report.skipped_samples
     page = (tmp_path / "run/basis-report.html").read_text()
     assert all(f"900.tar!bad{n}" in page for n in range(len(BAD)))
+    assert str(tmp_path) not in page
 
     with pytest.raises(
         BadData, match=r"\d of \d+ samples cannot be used .*allowed are 1\.00%"
     ) as e:
-        fit_basis(dataclasses.replace(plan, out=tmp_path / "strict", max_bad_fraction=0.01))
-    assert "900.tar!bad" in str(e.value) and len(str(e.value).splitlines()) == 2
+        fit_basis(plan_for(train, tmp_path / "strict", images=plan.images, max_bad_fraction=0.01))
+    assert ".tar!bad" in str(e.value) and len(str(e.value).splitlines()) == 2
+
+
+def test_a_missing_shard_counts_as_much_as_the_others_hold(made, tmp_path, capsys):
+    write(tmp_path / "shards", made)
+    train = f"{tmp_path}/shards/{{000..003}}.tar"
+    report, _, _ = fitted(plan_for(train, tmp_path / "run", max_bad_fraction=0.26))
+    assert report.skipped == {"shard is missing": round(NUM_IMAGES / 3)}
+    assert report.skipped_samples[0].startswith("003.tar: shard is missing")
+    assert "left out, shard is missing" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(BadData, match=r"63 of 253 samples cannot be used \(shard is missing 63\)"):
+        fit_basis(plan_for(train, tmp_path / "strict", max_bad_fraction=0.24))
+
+
+def test_pictures_of_an_unusable_size_are_told_but_are_no_fault(made, tmp_path, capsys):
+    train = write(tmp_path / "shards", made)
+    small = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    write_shard(tmp_path / "shards/900.tar", [Sample(f"small{n}", small) for n in range(9)])
+    report, _, _ = fitted(plan_for(train, tmp_path / "run", max_bad_fraction=0.0))
+    assert report.skipped == {} and report.num_images + report.num_judges == NUM_IMAGES
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out, too small" in said and "and 6 more" in said
 
 
 def test_latents_are_missing_and_there_is_no_vae(images, tmp_path):
@@ -562,8 +637,9 @@ def scenes() -> tuple[Tensor, Tensor]:
 
 
 def scene_plan(train: str, out: Path, **changes: object) -> FitPlan:
-    color = {"space": "rgb", "mean": PIXEL_MEAN, "std": PIXEL_STD}
-    return plan_for(train, out, base=BASE, images=70, holdout=20, **color, **changes)
+    given = {"space": "rgb", "mean": PIXEL_MEAN, "std": PIXEL_STD, "images": 70, "holdout": 20}
+    given |= {"base": BASE, "resize": ResizeSection(sides=[32])}
+    return plan_for(train, out, **{**given, **changes})
 
 
 def test_latents_made_here_give_the_basis_of_cached_ones(scenes, tmp_path):
@@ -595,6 +671,114 @@ def test_a_cache_in_another_normalisation_is_refused(scenes, tmp_path):
     train = write(tmp_path / "shards", samples_of(images, latents * 0.3611))
     with pytest.raises(BadData, match="4 of 4 differ by more than"):
         fit_basis(scene_plan(train, tmp_path / "run"))
+
+
+VAE = {"family": "flux2", "vae": DiffusersFolder(BASE).fingerprint("vae")}
+
+
+def test_latents_that_this_vae_prepared_are_not_made_again(scenes, tmp_path, monkeypatch):
+    samples = samples_of(*scenes)
+    foreign = write(tmp_path / "foreign", samples)
+    prepared = write(tmp_path / "prepared", samples, made=VAE)
+    _, A, _ = fitted(scene_plan(foreign, tmp_path / "one"))
+    monkeypatch.setattr(PairReader, "disagreement", None)
+    report, B, _ = fitted(scene_plan(prepared, tmp_path / "two"))
+    assert report.disagreement is None and torch.equal(A, B)
+
+
+def test_foreign_shards_beside_prepared_ones_are_still_compared(scenes, tmp_path):
+    images, latents = scenes
+    train = write(tmp_path / "shards", samples_of(images[:60], latents[:60]), made=VAE)
+    write_shard(tmp_path / "shards/900.tar", samples_of(images[60:], latents[60:].roll(1, 0), "f"))
+    with pytest.raises(BadData, match=r"900\.tar!f.* differs from what the base's VAE makes"):
+        fit_basis(scene_plan(train, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"vae": "sha256:0"}, f"vae sha256:0,\nbut this recipe has {VAE['vae']}"),
+        ({"family": "sd3"}, "family sd3,\nbut this recipe has flux2"),
+        (
+            {"resize": {"sides": [64]}},
+            "resize {'sides': [64]},\nbut this recipe has {'sides': [32]",
+        ),
+    ],
+)
+def test_data_that_was_prepared_otherwise_is_refused(scenes, tmp_path, other, said):
+    train = write(tmp_path / "shards", samples_of(*scenes), made={**VAE, **other})
+    with pytest.raises(BadData, match=re.escape(said)):
+        fit_basis(scene_plan(train, tmp_path / "run"))
+
+
+# ---- pictures that nobody prepared -----------------------------------------------------------
+
+
+def write_pictures(folder: Path, images: list[Tensor]) -> str:
+    folder.mkdir()
+    for i, image in enumerate(images):
+        (folder / f"{i:04d}.png").write_bytes(encode_png(image))
+    return str(folder)
+
+
+def test_a_folder_a_table_and_shards_of_the_same_pictures_give_the_same_basis(scenes, tmp_path):
+    images, _ = scenes
+    shards = write(tmp_path / "shards", samples_of(images, None))
+    folder = write_pictures(tmp_path / "folder", list(images))
+    table = tmp_path / "folder" / "list.jsonl"
+    rows = [{"image": f"{i:04d}.png", "text": "a scene"} for i in range(len(images))]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    _, A, _ = fitted(scene_plan(shards, tmp_path / "one"))
+    report, B, _ = fitted(scene_plan(folder, tmp_path / "two"))
+    _, C, _ = fitted(scene_plan(str(table), tmp_path / "three"))
+
+    assert torch.equal(A, B) and torch.equal(A, C)
+    assert report.num_encoded == 90 and load_basis(report.path).facts["sources"] == ["folder"]
+
+
+def test_captions_and_labels_play_no_part(scenes, tmp_path):
+    folder = write_pictures(tmp_path / "folder", list(scenes[0]))
+    _, _, data = fitted(scene_plan(folder, tmp_path / "one"))
+    caption = CaptionSection(source="label", labels="there is no such column")
+    second, _, same = fitted(scene_plan(folder, tmp_path / "two", caption=caption))
+    assert same == data and second.skipped == {}
+
+
+def test_pictures_of_several_sizes_are_cut_to_their_buckets(tmp_path):
+    sizes = [(32, 32), (40, 70), (70, 40), (200, 100)] * 24
+    images = [make_scenes([i], seed=0, size=max(size)).image[0] for i, size in enumerate(sizes)]
+    cut_out = [
+        (image[:, :height, :width] * 255).round().to(torch.uint8)
+        for image, (height, width) in zip(images, sizes, strict=True)
+    ]
+    folder = write_pictures(tmp_path / "folder", cut_out)
+    changes = {"images": 76, "holdout": 20, "mean": "fit", "std": "fit"}
+    report, _, _ = fitted(scene_plan(folder, tmp_path / "run", **changes))
+    chosen = open_catalog(folder, Fit((32,), PATCH)).lowest_hashes(76)
+    squares = sum(int(record.key) % 4 == 0 for record in chosen)  # 16 tokens; 24 x 40 has 15
+    assert report.skipped == {} and report.num_images == 76
+    assert report.num_tokens == 15 * 76 + squares
+
+
+def test_a_folder_that_moves_is_the_same_data_and_an_edited_picture_is_not(scenes, tmp_path):
+    folder = write_pictures(tmp_path / "folder", list(scenes[0]))
+    out = tmp_path / "run"
+    fitted(scene_plan(folder, out))
+    moved = str((tmp_path / "folder").rename(tmp_path / "moved"))
+    again = fit_basis(scene_plan(moved, out))
+    assert again is not None and again.already_done
+    (tmp_path / "moved/0000.png").write_bytes(encode_png(scenes[0][1]))
+    with pytest.raises(CannotWrite, match="or from other data"):
+        fit_basis(scene_plan(moved, out))
+
+
+def test_a_copy_of_written_shards_is_the_same_data(made, tmp_path):
+    train = write(tmp_path / "shards", made)
+    fitted(plan_for(train, tmp_path / "run"))
+    shutil.copytree(tmp_path / "shards", tmp_path / "copy", copy_function=shutil.copyfile)
+    again = fit_basis(plan_for(f"{tmp_path}/copy/*.tar", tmp_path / "run"))
+    assert again is not None and again.already_done
 
 
 def test_the_page_shows_the_verdict_the_pictures_and_the_numbers(scenes, tmp_path):
