@@ -67,6 +67,27 @@ def test_a_minimal_recipe_has_the_published_constants(recipe_file):
         ("finetune.optimizer.lr=1e400", "finetune.optimizer.lr: input should be a finite number"),
         ("sample.guidance=1e400", "sample.guidance: input should be a finite number"),
         ("model.base=''", "model.base: string should have at least 1 character"),
+        ("data.mode=random", "data.mode: input should be 'exact' or 'stream' (given: 'random')"),
+        ("data.text=always", "data.text: input should be 'auto', 'cached' or 'online'"),
+        ("data.captions.lines=true", "unknown key `data.captions`; did you mean `caption`?"),
+        ("data.resize.side=512", "unknown key `data.resize.side`; did you mean `sides`?"),
+        ("data.resize.sides=[]", "data.resize.sides: give at least one (given: [])"),
+        ("data.resize.sides=512", "data.resize.sides: input should be a valid list (given: 512)"),
+        ("data.resize.sides=[512, 0]", "data.resize.sides.1: input should be greater than 0"),
+        ("data.resize.sides=[512.5]", "data.resize.sides.0: input should be a valid integer"),
+        ("data.resize.max_aspect=0.5", "max_aspect: input should be greater than or equal to 1"),
+        ("data.resize.min_side=-1", "data.resize.min_side: input should be greater than 0"),
+        ("data.resize.upscale=1", "data.resize.upscale: input should be a valid boolean"),
+        ("data.caption.source=classes", "source: input should be 'caption', 'label' or 'class'"),
+        ("data.caption.choice=last", "choice: input should be 'first', 'random' or 'longest'"),
+        ("data.caption.labels=''", "data.caption: labels: `folder`, or the name of a column"),
+        ("data.caption.line=true", "unknown key `data.caption.line`; did you mean `lines`?"),
+        ("data.train=3", "data.train: input should be a valid string (given: 3)"),
+        ("prepare.source=photos", "`prepare.out` is missing"),
+        ("prepare={source: photos, out: ''}", "prepare.out: string should have at least 1"),
+        ("prepare={source: photos, out: o, ltents: none}", "did you mean `latents`?"),
+        ("prepare={source: photos, out: o, quality: 101}", "quality: input should be less than"),
+        ("prepare={source: photos, out: o, text: int8}", "prepare.text: input should be 'none',"),
         ("nonsense", "--set nonsense: expected section.key=value"),
         ("name=[1", "--set name=[1: while parsing"),
     ],
@@ -97,6 +118,14 @@ def test_words_and_numbers_are_what_they_look_like(recipe_file):
 
     assert recipe.finetune.optimizer.lr == 1e-4
     assert recipe.model.family == "no"  # YAML 1.1 would say False
+
+
+def test_pictures_need_no_settings(recipe_file):
+    data = load_recipe(recipe_file).data
+
+    assert (data.mode, data.text, data.caption.source) == ("exact", "auto", "caption")
+    assert (data.resize.sides, data.resize.step, data.resize.upscale) == ([1024], None, False)
+    assert load_recipe(recipe_file).prepare is None
 
 
 def test_overrides_reach_into_sections_that_are_not_written(recipe_file):
