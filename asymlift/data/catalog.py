@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Fit, Refusal, place, suggestion, whole_patches
 from asymlift.data.listing import list_pictures
-from asymlift.data.records import LATENT, BadSample, Part, Record
+from asymlift.data.records import IMAGE_SUFFIXES, LATENT, BadSample, Part, Record
 from asymlift.data.table import (
     Ints,
     Table,
@@ -37,7 +38,7 @@ from asymlift.errors import BadData, UserError
 Patterns = str | Path | Sequence[str | Path]
 
 TABLES = (".jsonl", ".csv", ".parquet")
-UNREADABLE = "image cannot be read"
+UNREADABLE, NO_IMAGE = "image cannot be read", "no image"
 TOO_SMALL = "too small"
 
 
@@ -53,7 +54,10 @@ class Named:
 
 
 def expand(patterns: Patterns) -> Named:
-    """`train/{000000..000119}.tar`, `train/*.tar`, a folder, a table of pictures, or a list."""
+    """`train/{000000..000119}.tar`, `train/*.tar`, a folder, a table of pictures, or a list.
+
+    What exists under the very name that is given is meant, whatever marks are in it.
+    """
     from braceexpand import braceexpand
 
     shards, listings = list[Path](), list[Path]()
@@ -61,15 +65,16 @@ def expand(patterns: Patterns) -> Named:
         if "://" in str(pattern) or str(pattern).startswith("pipe:"):
             raise BadData(f"{pattern}: only files can be read in any order; set data.mode: stream")
         try:
-            names = list(braceexpand(str(pattern)))
+            names = [str(pattern)] if Path(pattern).exists() else list(braceexpand(str(pattern)))
         except ValueError as error:
             raise BadData(f"{pattern}: {error}") from None
         for name in names:
-            found = sorted(glob(name)) if any(mark in name for mark in "*?[") else [name]  # noqa: PTH207
+            exact = Path(name).exists() or not any(mark in name for mark in "*?[")
+            found = [name] if exact else sorted(glob(name))  # noqa: PTH207
             if not found:
                 raise BadData(f"{name}: no shard matches this pattern")
             for path in map(Path, found):
-                if path.is_dir() and (inside := sorted(path.glob("*.tar"))):
+                if path.is_dir() and (inside := shards_in(path)):
                     shards += inside
                 elif path.is_dir() or path.suffix.lower() in TABLES:
                     listings.append(path)
@@ -82,6 +87,10 @@ def expand(patterns: Patterns) -> Named:
     if shards and not any(path.is_file() for path in shards):
         raise BadData(f"{shards[0]}: there is no such shard; is the path or range right?")
     return Named(shards, listings)
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 # ---- shards ------------------------------------------------------------------------------------
@@ -124,7 +133,9 @@ def indexed(shard: Path) -> Table:
 
 def cut_to(table: Table, size: int) -> Table:
     """A prepared shard that is not as long as it was written: what lies beyond is lost."""
-    ends = np.max([np.where(c[:, 0] < 0, 0, c.sum(1)) for c in table.spans.values()], axis=0)
+    ends = np.zeros(len(table), np.int64)
+    for column in table.spans.values():
+        ends = np.maximum(ends, column.sum(1))
     kept = np.flatnonzero(ends <= size)
     lost = len(table) - len(kept)
     was = f"{size} bytes, written with {table.facts['bytes']}"
@@ -170,6 +181,9 @@ class Listed:
 
     def keys(self) -> list[str]:
         return [record.key for record in self.records]
+
+    def where(self, index: int) -> str:
+        return self.records[index].where
 
     def has(self, suffix: str) -> Ints:
         return np.array([suffix in record.parts for record in self.records], bool)
@@ -258,9 +272,10 @@ class Catalog(Sequence[Record]):
         return self.sources[which], number - int(self.starts[which])
 
     def keys(self) -> Iterator[str]:
-        for number in self.chosen.tolist():
-            source, inside = self.place_of(number)
-            yield source.key(inside)
+        cuts = np.searchsorted(self.chosen, self.starts).tolist()
+        for source, start, (a, b) in zip(self.sources, self.starts, pairwise(cuts), strict=False):
+            known = source.keys()
+            yield from (known[inside] for inside in (self.chosen[a:b] - start).tolist())
 
     def has(self, suffix: str) -> Ints:
         """(n,) whether each sample has such a part."""
@@ -274,34 +289,35 @@ class Catalog(Sequence[Record]):
     @property
     def num_listed(self) -> int:
         """Samples that there are, or would be if nothing were damaged."""
-        return int(self.starts[-1]) + self.num_lost
+        return len(self) + len(self.refused) + self.num_lost
 
     def targets_of(self, source: Source) -> Ints:
         """(n, 2): height and width that the model sees; 0 for what is left out.
 
         A picture that was prepared, or whose latent is cached, keeps its size.
         """
-        pairs, which = np.unique(source.sizes, axis=0, return_inverse=True)
+        codes = source.sizes[:, 0].astype(np.int64) << 32 | source.sizes[:, 1]
+        different, which = np.unique(codes, return_inverse=True)
         found = [
             [place(width, height, self.fit), whole_patches(width, height, self.fit.patch)]
             if width
             else [Refusal(UNREADABLE, "")] * 2
-            for width, height in pairs.tolist()
+            for width, height in ((code >> 32, code & 0xFFFFFFFF) for code in different.tolist())
         ]
         sizes = [[(0, 0) if isinstance(f, Refusal) else f for f in both] for both in found]
         as_stored = (source.has(LATENT) | (source.made is not None)).astype(int)
         table: Ints = np.array(sizes, np.int32).reshape(-1, 2, 2)
-        targets: Ints = table[which.reshape(-1), as_stored]
-        for index in np.flatnonzero(targets[:, 0] == 0).tolist():
-            refusal = found[which.reshape(-1)[index]][as_stored[index]]
+        targets: Ints = table[which, as_stored]
+        left_out = np.flatnonzero(targets[:, 0] == 0)
+        no_image = ~np.any([source.has(suffix) for suffix in IMAGE_SUFFIXES], axis=0)
+        for index in left_out.tolist():
+            refusal = found[which[index]][as_stored[index]]
             assert isinstance(refusal, Refusal)
-            fault = self.fault(source, index, refusal.reason, refusal.detail)
-            sound = refusal.reason != UNREADABLE and not as_stored[index]
+            reason = NO_IMAGE if no_image[index] else refusal.reason
+            fault = BadSample(source.where(index), reason, refusal.detail)
+            sound = reason not in (UNREADABLE, NO_IMAGE) and not as_stored[index]
             (self.refused if sound else self.faults).append(fault)
         return targets
-
-    def fault(self, source: Source, index: int, reason: str, detail: str = "") -> BadSample:
-        return BadSample(source.record(index).where, reason, detail)
 
     def drop_duplicates(self, usable: Ints) -> None:
         """A key may occur once; the first one counts."""
@@ -320,7 +336,7 @@ class Catalog(Sequence[Record]):
             if known is not source:
                 usable[number] = False
                 detail = f"also in {known.path}"
-                self.faults.append(self.fault(source, inside, "duplicate key", detail))
+                self.faults.append(BadSample(source.where(inside), "duplicate key", detail))
 
     def digest(self) -> str:
         """Which samples, in which order, of which size: all that the order of training needs."""
@@ -359,7 +375,7 @@ def with_counts(sources: Sequence[Source]) -> list[BadSample]:
     for source in sources:
         whole = isinstance(source, Table) and not len(source)
         for fault in source.faults:
-            weight = usual if whole and "!" not in fault.where else fault.count
+            weight = usual if whole and fault.where == str(source.path) else fault.count
             faults.append(BadSample(fault.where, fault.reason, fault.detail, count=weight))
     return faults
 
