@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
 from asymlift.data.catalog import expand
+from asymlift.data.stream import expand_urls
 from asymlift.errors import BadRecipe, StoppedEarly, Unavailable
 from asymlift.maths.color import ColorCode
 from asymlift.recipe import Recipe
@@ -90,6 +91,10 @@ def about_data(recipe: Recipe) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def about_stream(recipe: Recipe) -> dict[str, int]:
+    return {"shards, streamed": len(expand_urls(recipe.data.train))}
+
+
 # ---- convert -----------------------------------------------------------------------------------
 
 
@@ -159,7 +164,7 @@ def check_finetune(recipe: Recipe) -> dict[str, Any]:
     found = newest_whole(checkpoints_path(recipe), log.warn)
     return {
         "lifted": str(needed(lifted_path(recipe), "convert")),
-        **about_data(recipe),
+        **(about_stream(recipe) if recipe.data.mode == "stream" else about_data(recipe)),
         "ranks": ranks.world,
         "batch": f"{ranks.world} x {recipe.finetune.micro_batch} x {accumulation} accumulated",
         "starts at step": found.step if found else 0,
