@@ -14,6 +14,10 @@ from asymlift.errors import CannotWrite
 CHUNK = 1 << 22  # 4 MiB: above that, reading and hashing get no faster
 
 
+class Busy(CannotWrite):
+    """Another process holds the lock."""
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
@@ -111,7 +115,7 @@ def _open_locked(path: Path, purpose: str) -> int:
         except BlockingIOError:
             holder = os.pread(file, 20, 0).decode(errors="replace").strip() or "unknown"
             os.close(file)
-            raise CannotWrite(
+            raise Busy(
                 f"{path}: another process (pid {holder}) is at work on {purpose}. "
                 "Wait for it, or stop it and run this again."
             ) from None
