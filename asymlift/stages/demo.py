@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json
 from asymlift.data.pictures import decode_image, float_to_image, image_to_float
-from asymlift.data.shards import Sample, write_shard
+from asymlift.data.records import Sample
+from asymlift.data.table import index_path, load_table
+from asymlift.data.writer import packed_sample, write_shard
 from asymlift.embedded import IMAGE_SIZE, METRICS_NET, MODELS
 from asymlift.embedded.metrics import Measure, Scores
 from asymlift.embedded.nets import FeatureNet
@@ -157,13 +160,14 @@ def tell(lines: Sequence[str]) -> None:
 
 
 def write_shards(folder: Path, model: str = WEAK) -> None:
-    """Scenes with their captions, latents and text embeddings; shards that are there stay."""
+    """Scenes with their captions, latents and text embeddings; shards made alike stay."""
+    made = origin(model)
     jobs = [
         (folder / "train" / f"{number:06d}.tar", TRAIN_SEED, number * SHARD_SAMPLES, SHARD_SAMPLES)
         for number in range(TRAIN_SHARDS)
     ]
     jobs.append((folder / "validation" / "000000.tar", VALIDATION_SEED, 0, VALIDATION_SAMPLES))
-    missing = [job for job in jobs if not job[0].exists()]
+    missing = [job for job in jobs if not is_made(job[0], made)]
     if not missing:
         log.say("   all there already")
         return
@@ -171,7 +175,28 @@ def write_shards(folder: Path, model: str = WEAK) -> None:
     for path, seed, start, count in log.track(missing, "shards", len(missing)):
         scenes = make_scenes(range(start, start + count), seed=seed, size=IMAGE_SIZE)
         keys = [f"{seed}-{index:06d}" for index in range(start, start + count)]
-        write_shard(path, encode(scenes, keys))
+        samples = (packed_sample(sample, "float16") for sample in encode(scenes, keys))
+        write_shard(path, samples, made=made)
+
+
+def is_made(path: Path, made: dict[str, Any]) -> bool:
+    table = load_table(path, index_path(path))
+    return table is not None and table.made == made and path.is_file()
+
+
+def origin(model: str) -> dict[str, Any]:
+    """What the samples come from, as `prepare` would say it."""
+    folder, recipe = DiffusersFolder(MODELS[model]), load_recipe(recipe_file("tiny.yaml"))
+    return {
+        "family": "flux2",
+        "resize": recipe.data.resize.model_dump(),
+        "latents": "float16",
+        "vae": folder.fingerprint("vae"),
+        "text": "float16",
+        "text encoders": folder.text_fingerprint(),
+        "text length": recipe.model.text_length,
+        "prompt": recipe.data.caption.source,
+    }
 
 
 Encode = Callable[[Scenes, Sequence[str]], Iterator[Sample]]
@@ -201,13 +226,7 @@ def encoder(model: str = WEAK) -> Encode:
             texts = text_of(captions[part])
             columns = (keys[part], images[part], captions[part], latents, texts)
             for key, image, words, latent, text in zip(*columns, strict=True):
-                yield Sample(
-                    key,
-                    image,
-                    words,
-                    latent=latent.half(),
-                    text={name: tensor.half() for name, tensor in text.items()},
-                )
+                yield Sample(key, image, words, latent=latent, text=text)
 
     return encode
 

@@ -9,7 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from asymlift.cli import app
-from asymlift.data.shards import ShardReader, index_shards
+from asymlift.data.buckets import Fit
+from asymlift.data.catalog import open_catalog
+from asymlift.data.reader import Reader
+from asymlift.data.table import index_path
 from asymlift.embedded.metrics import Scores
 from asymlift.embedded.scenes import make_scenes
 from asymlift.errors import CannotWrite, Exit
@@ -68,25 +71,44 @@ def test_a_broken_gate_fails_the_command(monkeypatch, tmp_path, kept, code):
     assert document["gates"][0]["kept"] == kept
 
 
-def test_shards_have_every_member_and_the_scenes_that_their_keys_name(monkeypatch, tmp_path):
+@pytest.fixture
+def shards(monkeypatch, tmp_path):
     monkeypatch.setattr(stage, "SHARD_SAMPLES", 3)
     monkeypatch.setattr(stage, "VALIDATION_SAMPLES", 2)
     monkeypatch.setattr(stage, "TRAIN_SHARDS", 2)
     write_shards(tmp_path)
-    shards = sorted(tmp_path.rglob("*.tar"))
+    return sorted(tmp_path.rglob("*.tar"))
 
-    samples = [sample for shard in index_shards(shards) for sample in shard.samples]
+
+def test_shards_have_every_member_and_the_scenes_that_their_keys_name(shards, tmp_path):
+    samples = list(open_catalog(shards, Fit((32,), 8)))
     keys = [sample.key for sample in samples]
     assert sorted(keys) == [*(f"0-{i:06d}" for i in range(6)), "1-000000", "1-000001"]
     suffixes = {".png", ".txt", ".json", ".latent.safetensors", ".text.safetensors"}
-    assert all(set(sample.members) == suffixes for sample in samples)
-    read = ShardReader().read(samples[keys.index("0-000004")])
+    assert all(set(sample.parts) == suffixes for sample in samples)
+    assert all(sample.target == (32, 32) for sample in samples)
+    read = Reader().read(samples[keys.index("0-000004")])
+    assert read.latent.dtype == torch.float16
+    assert all(tensor.dtype == torch.float16 for tensor in read.text.values())
     real = make_scenes([4], seed=0, size=32)
     assert read.caption == real.captions[0]
     assert torch.equal(read.image, (real.image[0] * 255).round().to(torch.uint8))
     before = [shard.stat().st_mtime_ns for shard in shards]
     write_shards(tmp_path)
     assert [shard.stat().st_mtime_ns for shard in shards] == before
+
+
+def test_shards_say_what_they_were_made_with_and_are_made_again_for_another_model(shards, tmp_path):
+    made = open_catalog(shards, Fit((32,), 8)).made
+    assert {"family", "vae", "text encoders"} < made.keys()
+    assert (made["text length"], made["resize"]["sides"]) == (12, [32])
+    index_path(shards[0]).unlink()  # as an older demo left them
+    kept = shards[1].stat().st_mtime_ns
+    write_shards(tmp_path)
+    assert open_catalog(shards[:1], Fit((32,), 8)).made == made
+    assert shards[1].stat().st_mtime_ns == kept
+    write_shards(tmp_path, stage.GOOD)
+    assert open_catalog(shards, Fit((32,), 8)).made["vae"] != made["vae"]
 
 
 def test_a_folder_of_another_run_is_named_with_the_way_out(monkeypatch, tmp_path):
