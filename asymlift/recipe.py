@@ -112,6 +112,12 @@ class PrepareSection(Section):
     shard_samples: PositiveInt | None = None  # or exactly so many samples
     batch: PositiveInt = 8  # pictures, and captions, that are encoded at once
 
+    @model_validator(mode="after")
+    def writes_something(self) -> Self:
+        if self.image == self.latents == self.text == "none":
+            raise ValueError("image, latents and text are all none: nothing would be written")
+        return self
+
 
 class ColorSection(Section):
     """The colour space that the pixel model works in, affinely normalised (method, section 6)."""

@@ -53,9 +53,10 @@ def prepare_page(report: PrepareReport, sheet: bytes) -> str:
             (f"{report.num_bytes / 1e9:,.2f} GB", "on disk", per_sample(report)),
         ]
     )
+    seen = "What the model will see", picture(sheet, "A random choice, with the first captions.")
     sections = [
         ("", headline),
-        ("What the model will see", picture(sheet, "A random choice, with the first captions.")),
+        *([seen] if sheet else []),
         ("Sizes", table(shortened(report.buckets), ("width x height", "samples"))),
         ("Bytes", table(list(report.bytes_per_part.items()), ("part", "bytes"))),
         ("Left out", left_out(report)),

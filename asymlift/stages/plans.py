@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
+from asymlift.artifacts.files import human_bytes
+from asymlift.data.buckets import buckets
 from asymlift.data.catalog import expand
 from asymlift.data.stream import expand_urls
 from asymlift.errors import BadRecipe, StoppedEarly, Unavailable
 from asymlift.maths.color import ColorCode
 from asymlift.recipe import Recipe
 from asymlift.report.basis_report import BasisReport
+from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
+from asymlift.runtime.dist import Ranks
 from asymlift.runtime.signals import stop_requests
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
 from asymlift.stages.finetune import FinetuneReport, accumulation_for, finetune
@@ -29,10 +33,63 @@ from asymlift.stages.locate import (
     lifted_path,
     needed,
 )
-from asymlift.stages.preview import read_prompts, settings_of
+from asymlift.stages.open_data import fit_of
+from asymlift.stages.prepare import Share, prepare
+from asymlift.stages.prepare_finish import PAGE, REJECTED
+from asymlift.stages.prepare_job import Estimate, Job, settings_of
+from asymlift.stages.prepare_work import find_work
+from asymlift.stages.preview import read_prompts
+from asymlift.stages.preview import settings_of as sampling_settings
 from asymlift.stages.provenance import record
 from asymlift.stages.sample import SamplePlan, SampleReport, check, sample
 from asymlift.stages.sample_folder import Weights
+
+# ---- prepare -----------------------------------------------------------------------------------
+
+
+def run_prepare(recipe: Recipe, share: Share, *, overwrite: bool = False) -> PrepareReport:
+    quiet_unless_first(dist.discover())
+    return prepare(prepare_job(recipe), share, overwrite=overwrite)
+
+
+def estimate_prepare(recipe: Recipe) -> Estimate:
+    return prepare_job(recipe).estimate()
+
+
+def prepare_job(recipe: Recipe) -> Job:
+    settings_of(recipe)
+    base = base_folder(recipe)
+    family, geometry = family_of(recipe, base)
+    device = dist.device_for(Ranks(0, 1, int(os.environ.get("LOCAL_RANK", "0"))))
+    return Job(recipe, base, family, geometry, device)
+
+
+def share_for(number: int | None, of: int | None) -> Share:
+    """Which part of the work is this process's: by the options, or by the launcher."""
+    if (number is None) != (of is None):
+        raise BadRecipe("--shard-index and --num-shards belong together")
+    if number is None or of is None:
+        ranks = dist.discover()
+        return Share(ranks.rank, ranks.world, together=ranks.world > 1)
+    if not 0 <= number < of:
+        raise BadRecipe(f"--shard-index {number}: must be from 0 to {of - 1} (--num-shards {of})")
+    return Share(number, of)
+
+
+def check_prepare(recipe: Recipe) -> dict[str, Any]:
+    settings, base = settings_of(recipe), base_folder(recipe)
+    family, geometry = family_of(recipe, base)
+    work, fit = find_work(recipe), fit_of(recipe.data.resize, geometry.pixel_patch)
+    sizes = [size for side in buckets(fit).values() for size in side]
+    return {
+        "base": str(base),
+        "family": family.name,
+        "pictures": len(work),
+        "left out already": len(work.faults),
+        "sizes": f"{len(sizes)}, multiples of {geometry.pixel_patch} pixels",
+        "would write": settings.out,
+    }
+
 
 # ---- fit-basis ---------------------------------------------------------------------------------
 
@@ -209,7 +266,7 @@ def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
         height=use.height,
         width=use.width,
         weights=weights,
-        settings=settings_of(use),
+        settings=sampling_settings(use),
         base=base_folder(recipe) if "base" in weights else None,
         lifted=needed(lifted_path(recipe), "convert"),
         checkpoint=checkpoint,
@@ -332,11 +389,42 @@ def describe_samples(report: SampleReport) -> list[str]:
     return lines
 
 
+def describe_preparation(report: PrepareReport) -> list[str]:
+    if not report.complete:
+        rest = "another task is finishing"
+        if report.num_missing:
+            rest = f"{report.num_missing} are still to come; whoever makes the last one finishes"
+        return [f"this task made {report.num_made} of {report.num_shards} shards; {rest}"]
+    lines = [
+        f"{'already there: ' if report.already_done else 'wrote '}{report.out}: "
+        f"{report.num_samples} samples in {report.num_shards} shards, "
+        f"{human_bytes(report.num_bytes)}, {len(report.buckets)} sizes"
+    ]
+    if report.rejected:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in report.rejected.items())
+        lines.append(f"left out: {reasons}; see {report.out / REJECTED}")
+    return [*lines, f"see {report.out / PAGE}"]
+
+
+def describe_estimate(found: Estimate) -> list[str]:
+    parts = ", ".join(
+        f"{name} {human_bytes(count)}" for name, count in found.bytes_per_sample.items() if count
+    )
+    return [
+        f"{found.num_pictures} pictures; of {found.num_looked_at} looked at, "
+        f"{found.num_usable} can be used",
+        f"a sample takes {human_bytes(found.per_sample)}: {parts}",
+        f"all of them {human_bytes(found.total)}; {human_bytes(found.free)} are free",
+    ]
+
+
 DESCRIPTIONS: dict[type[Any], Callable[[Any], Sequence[str]]] = {
     BasisReport: describe_basis,
     ConvertReport: describe_conversion,
     FinetuneReport: describe_finetune,
     SampleReport: describe_samples,
+    PrepareReport: describe_preparation,
+    Estimate: describe_estimate,
 }
 
 

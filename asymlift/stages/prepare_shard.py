@@ -30,7 +30,7 @@ from asymlift.data.writer import Packed, packed_facts
 from asymlift.errors import BadData
 from asymlift.recipe import PrepareSection
 
-CHUNK = 64  # pictures in memory at once
+CHUNK = 64  # pictures that are encoded, and in memory, at once
 TEXT_CACHE = 1 << 30  # bytes of embeddings that are kept for captions that come again
 UNUSABLE_FACTS = ("width", "height", "captions")  # of the source; ours are written instead
 
@@ -46,11 +46,19 @@ class Picture:
 
     record: Record
     image: Tensor  # what a reader of the shard will see
-    suffix: str
+    suffix: str  # "" where the picture itself is not stored again
     data: bytes
     captions: list[str]
     prompts: list[str]  # what the model is trained with: the captions, or the class
     facts: dict[str, Any]
+
+    @property
+    def width(self) -> int:
+        return self.image.shape[2]
+
+    @property
+    def height(self) -> int:
+        return self.image.shape[1]
 
 
 class ShardMaker:
@@ -68,26 +76,28 @@ class ShardMaker:
         workers: int,
     ) -> None:
         self.settings, self.fit, self.reader, self.workers = settings, fit, reader, workers
+        self.plain_reader = reader if reader.prompt == "caption" else Reader()
         self.as_stored = as_stored
         self.encode_latents, self.encode_texts = encode_latents, encode_texts
         self.texts = TextCache(TEXT_CACHE)
 
     def samples(
         self,
-        records: Sequence[Record],
+        records: Iterable[Record],
         on_bad: Callable[[BadSample], None],
         on_done: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Packed]:
         """The samples that can be used, in the order of their records."""
-        for chunk in batches(records, CHUNK):
-            pictures = list[Picture]()
-            for read in read_ahead(self.read, chunk, self.workers):
-                if isinstance(read, BadSample):
-                    on_bad(read)
-                else:
-                    pictures.append(read)
-            yield from self.packed(pictures)
-            on_done(len(chunk))
+        for read in batches(read_ahead(self.read, records, self.workers), CHUNK):
+            yield from self.packed(sound(read, on_bad))
+            on_done(len(read))
+
+    def pictures(
+        self, records: Iterable[Record], on_bad: Callable[[BadSample], None]
+    ) -> Iterator[Picture]:
+        """The same before anything is encoded."""
+        for read in read_ahead(self.read, records, self.workers):
+            yield from sound([read], on_bad)
 
     # ---- one picture -------------------------------------------------------------------------
 
@@ -99,8 +109,9 @@ class ShardMaker:
 
     def picture(self, record: Record) -> Picture:
         facts = self.reader.facts(record)
-        captions = Reader(prompt="caption").captions(record, facts)
+        captions = self.plain_reader.captions(record, facts)
         prompts = self.reader.captions(record, facts)
+        check_text(record, [*captions, *prompts])
         original = self.reader.stored_image(record)
         height, width = original.shape[1:]
         found = (
@@ -112,46 +123,40 @@ class ShardMaker:
             raise BadSample(record.where, found.reason, found.detail)
         suffix, data, image = self.stored(record, original, fit_image(original, *found))
         facts = {k: v for k, v in facts.items() if k not in UNUSABLE_FACTS}
-        facts |= {"original_width": width, "original_height": height}
+        facts = {"original_width": width, "original_height": height} | facts
         if len(captions) > 1:
             facts["captions"] = captions
         return Picture(record, image, suffix, data, captions, prompts, facts)
 
     def stored(self, record: Record, original: Tensor, image: Tensor) -> tuple[str, bytes, Tensor]:
         """(suffix, bytes, what these bytes decode to); the source's own bytes where they serve."""
-        source = self.reader.bytes_of(record, record.image_suffix or "")
         if self.settings.image == "none":
             if image is not original:
                 size = f"{original.shape[2]} x {original.shape[1]}"
                 raise BadSample(record.where, "would be resized", f"{size}; prepare.image is none")
             return "", b"", image
-        if image is original and reads_plainly(source, image):
-            return picture_suffix(source), source, image
+        if image is original:
+            source = self.reader.bytes_of(record, record.image_suffix or "")
+            if reads_plainly(source, image):
+                return picture_suffix(source), source, image
         data = encode_picture(image, self.settings.image, self.settings.quality)
-        # The latent has to be that of the picture as it is stored.
-        seen = image if self.settings.image == "png" else decode_image(data)
-        return picture_suffix(data), data, seen
+        if self.settings.image != "png" and self.encode_latents is not None:
+            image = decode_image(data)  # the latent has to be that of the picture as it is stored
+        return picture_suffix(data), data, image
 
     # ---- many at once ------------------------------------------------------------------------
 
     def packed(self, pictures: Sequence[Picture]) -> Iterator[Packed]:
         latents, texts = self.latents(pictures), self.text_members(pictures)
         for picture, latent, text in zip(pictures, latents, texts, strict=True):
-            height, width = picture.image.shape[1:]
-            members = dict[str, bytes]()
-            if picture.suffix:
-                members[picture.suffix] = picture.data
-                members[FACTS] = packed_facts(picture.facts, width, height)
-                members[CAPTION] = picture.captions[0].encode()
-            members[LATENT] = latent
-            kept = {suffix: data for suffix, data in members.items() if data}
-            yield Packed(picture.record.key, kept | text, width, height)
+            members = {**plain_members(picture), **latent, **text}
+            yield Packed(picture.record.key, members, picture.width, picture.height)
 
-    def latents(self, pictures: Sequence[Picture]) -> list[bytes]:
+    def latents(self, pictures: Sequence[Picture]) -> list[dict[str, bytes]]:
         """Packed latents, in order; pictures of one size go through the encoder together."""
         if self.encode_latents is None:
-            return [b""] * len(pictures)
-        made: dict[int, bytes] = {}
+            return [{} for _ in pictures]
+        made: dict[int, dict[str, bytes]] = {}
         dtype = dtype_of(self.settings.latents)
 
         def size(number: int) -> tuple[int, ...]:
@@ -161,10 +166,8 @@ class ShardMaker:
             for some in batches(same, self.settings.batch):
                 images = torch.stack([image_to_float(pictures[n].image) for n in some])
                 for number, latent in zip(some, self.encode_latents(images), strict=True):
-                    if not torch.isfinite(latent).all():
-                        where = pictures[number].record.where
-                        raise BadData(f"{where}: the VAE makes NaN or infinity of this picture")
-                    made[number] = pack({"latent": latent.cpu()}, dtype)
+                    where = pictures[number].record.where
+                    made[number] = {LATENT: packed_or_said({"latent": latent}, dtype, where)}
         return [made[number] for number in range(len(pictures))]
 
     def text_members(self, pictures: Sequence[Picture]) -> list[dict[str, bytes]]:
@@ -178,12 +181,56 @@ class ShardMaker:
             # Always as many at once, or the bits of an embedding would depend on its company.
             filled = [*some, *[""] * (self.settings.batch - len(some))]
             for prompt, embedding in zip(some, self.encode_texts(filled), strict=False):
-                known[prompt] = pack({k: v.cpu() for k, v in embedding.items()}, dtype)
+                tensors = {name: tensor.cpu() for name, tensor in embedding.items()}
+                known[prompt] = packed_or_said(tensors, dtype, f"caption {prompt[:60]!r}")
                 self.texts.put(prompt, known[prompt])
         return [
             {text_suffix(number): known[prompt] for number, prompt in enumerate(picture.prompts)}
             for picture in pictures
         ]
+
+
+def plain_members(picture: Picture) -> dict[str, bytes]:
+    """What is stored of a picture beside what encoders make of it."""
+    if not picture.suffix:
+        return {}
+    members = {
+        picture.suffix: picture.data,
+        FACTS: packed_facts(picture.facts, picture.width, picture.height),
+    }
+    caption = picture.captions[0].encode()
+    return members | ({CAPTION: caption} if caption else {})
+
+
+def sound(
+    read: Iterable[Picture | BadSample], on_bad: Callable[[BadSample], None]
+) -> list[Picture]:
+    pictures = list[Picture]()
+    for one in read:
+        if isinstance(one, BadSample):
+            on_bad(one)
+        else:
+            pictures.append(one)
+    return pictures
+
+
+def check_text(record: Record, texts: Sequence[str]) -> None:
+    """JSON can spell half a character, which no file and no tokenizer takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise BadSample(record.where, "caption is not UTF-8") from None
+
+
+def packed_or_said(tensors: Embedding, dtype: Dtype, where: str) -> bytes:
+    """One picture or caption of which nothing finite comes is a broken encoder: stop."""
+    try:
+        return pack(tensors, dtype)
+    except BadData as error:
+        raise BadData(
+            f"{where}: {error}.\nIs the base model whole? A wider prepare.latents or prepare.text "
+            "(float32, bfloat16) holds larger numbers"
+        ) from None
 
 
 def batches(items: Iterable[Item], count: int) -> Iterator[list[Item]]:

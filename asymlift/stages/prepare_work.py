@@ -23,7 +23,6 @@ from asymlift.errors import BadData, CannotWrite
 from asymlift.recipe import Recipe
 
 FORMAT = 1
-PLAN = "plan.json"
 
 
 class Work:
@@ -92,6 +91,13 @@ def find_work(recipe: Recipe, on_done: Callable[[int], None] = lambda count: Non
         sources.append(
             listed(path, labels=caption.labels, caption_lines=caption.lines, measure=False)
         )
+    prepared = [source.path for source in sources if source.made is not None]
+    if prepared and len(prepared) < len(sources):
+        other = next(source.path for source in sources if source.made is None)
+        raise BadData(
+            f"{prepared[0]} was prepared, {other} was not: prepare them apart, then data.train "
+            "takes both"
+        )
     work = Work(sources)
     if not len(work):
         first = [str(fault) for fault in work.faults[:3]]
@@ -110,6 +116,10 @@ def class_names(work: Work) -> list[str]:
 def scratch(out: Path) -> Path:
     """The folder beside `out` that is there while its preparation is unfinished."""
     return out.with_name(f"{out.name}.unfinished")
+
+
+def plan_path(out: Path) -> Path:
+    return scratch(out) / "plan.json"
 
 
 @dataclass(frozen=True)
@@ -140,10 +150,10 @@ def agreed_layout(out: Path, plan: Mapping[str, Any], per_shard: Callable[[], in
 
     A start with other settings or other pictures is refused.
     """
-    path = scratch(out) / PLAN
+    path = plan_path(out)
     if not path.exists():
         body = canonical_json({**plan, "per_shard": per_shard()})
-        own = path.with_name(f"{PLAN}.{os.uname().nodename}.{os.getpid()}")
+        own = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(own, body)
@@ -170,10 +180,14 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def refuse_others(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """A start with other settings, or over other pictures, would mix two preparations."""
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
         name = differing[0]
         raise CannotWrite(
-            f"{out}: begun with {name} {found.get(name)}, now {wanted[name]}.\n"
+            f"{out}: made with {TOLD.get(name, name)} {found.get(name)}, now {wanted[name]}.\n"
             "--overwrite begins anew; another prepare.out keeps both."
         )
+
+
+TOLD = {"listing": "other pictures or captions,"}  # where a digest alone would tell nothing
