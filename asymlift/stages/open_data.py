@@ -8,6 +8,7 @@ from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Fit
 from asymlift.data.catalog import Catalog, Patterns, expand, indexed, listed
 from asymlift.data.reader import Reader
+from asymlift.data.records import BadSample
 from asymlift.data.table import Table
 from asymlift.errors import BadData
 from asymlift.recipe import DataSection, ResizeSection
@@ -69,12 +70,16 @@ def open_data(patterns: Patterns, data: DataSection, patch: int, ranks: Ranks = 
 
 def tell_what_is_left_out(catalog: Catalog) -> None:
     """A warning for each reason, with a few names."""
-    by_reason: dict[str, list[str]] = {}
-    for fault in [*catalog.faults, *catalog.refused]:
-        by_reason.setdefault(fault.reason, []).append(str(fault))
-    for reason, named in by_reason.items():
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-        warn(f"left out, {reason}: {'; '.join(named[:NAMED])}{more}")
+    for reason, faults in by_reason([*catalog.faults, *catalog.refused]).items():
+        more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        warn(f"left out, {reason}: {'; '.join(map(str, faults[:NAMED]))}{more}")
+
+
+def by_reason(faults: Sequence[BadSample]) -> dict[str, list[BadSample]]:
+    found: dict[str, list[BadSample]] = {}
+    for fault in faults:
+        found.setdefault(fault.reason, []).append(fault)
+    return found
 
 
 def check_origin(
