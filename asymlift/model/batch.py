@@ -4,17 +4,17 @@ Everything random is a function of (seed, purpose, global slot), so that it depe
 number of ranks nor on where a run was interrupted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from asymlift.data.captions import is_dropped
 from asymlift.data.order import derive
-from asymlift.data.pictures import image_to_float, resize_image
-from asymlift.data.shards import Sample
+from asymlift.data.pictures import image_to_float
+from asymlift.data.records import Sample
 from asymlift.families.base import Family, Geometry
-from asymlift.families.text import text_to
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import image_to_tokens
 from asymlift.model.training_step import Batch
@@ -60,9 +60,9 @@ class BatchMaker:
         good = [position for position, sample in enumerate(samples) if sample is not None]
         present = [sample for sample in samples if sample is not None]
         if present:
-            images = torch.stack([self.picture(sample.image, grid) for sample in present])
+            images = torch.stack([self.picture(sample.image) for sample in present])
             x0[good] = image_to_tokens(self.color.encode(images), self.geometry.pixel_patch)
-            z0[good] = self.latents(present, images, grid)
+            z0[good] = self.latents(present, images)
         text = [self.null_text] * len(samples)
         for position, embedding in zip(good, self.captions(present, place), strict=True):
             text[position] = embedding
@@ -75,16 +75,15 @@ class BatchMaker:
             eps=torch.stack([eps for eps, _ in draws]),
             sigma=torch.stack([sigma for _, sigma in draws]),
             weight=weight,
-            text=text_to(self.family.collate(text), self.device),
+            text=self.family.collate([self.alike(embedding) for embedding in text]),
             grid=grid,
         )
 
-    def picture(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """uint8 (3, H, W) -> (3, h p, w p) in [-1, 1] on the device."""
-        patch = self.geometry.pixel_patch
-        return image_to_float(resize_image(image, grid[0] * patch, grid[1] * patch)).to(self.device)
+    def picture(self, image: Tensor) -> Tensor:
+        """uint8 (3, h p, w p) -> the same in [-1, 1] on the device."""
+        return image_to_float(image.to(self.device))
 
-    def latents(self, samples: list[Sample], images: Tensor, grid: tuple[int, int]) -> Tensor:
+    def latents(self, samples: list[Sample], images: Tensor) -> Tensor:
         """The cached latents, and the VAE's where there is no cache, as tokens."""
         cached = [sample.latent for sample in samples]
         if any(latent is None for latent in cached):
@@ -95,19 +94,26 @@ class BatchMaker:
         return image_to_tokens(stacked, self.geometry.patch)
 
     def captions(self, samples: list[Sample], place: Place) -> list[Embedding]:
-        kept = [not self.drops(place, sample.key) for sample in samples]
+        """The cached embeddings, and the encoder's where there is no cache."""
+        kept = [
+            not is_dropped(self.caption_dropout, place.seed, place.epoch, sample.key)
+            for sample in samples
+        ]
         wanted = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
-        if self.encode_captions is not None:
-            embeddings = self.encode_captions([sample.caption for sample in wanted])
-        else:
-            embeddings = [sample.text for sample in wanted if sample.text is not None]
-        coming = iter(embeddings)
+        missing = [sample.caption for sample in wanted if sample.text is None]
+        fresh: Iterator[Embedding] = iter([])
+        if missing:
+            assert self.encode_captions is not None, "checked before training begins"
+            fresh = iter(self.encode_captions(missing))
+        coming = iter([next(fresh) if s.text is None else s.text for s in wanted])
         return [next(coming) if keep else self.null_text for keep in kept]
 
-    def drops(self, place: Place, key: str) -> bool:
-        """Whether this epoch trains this sample on the empty caption."""
-        draw = derive(place.seed, "caption dropout", place.epoch, key) / 2**63
-        return draw < self.caption_dropout
+    def alike(self, embedding: Embedding) -> Embedding:
+        """On the device, in the dtypes of the empty prompt's: caches may store others."""
+        return {
+            name: tensor.to(self.device, self.null_text[name].dtype)
+            for name, tensor in embedding.items()
+        }
 
     def draw(self, seed: int, slot: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self.device).manual_seed(derive(seed, "noise", slot))

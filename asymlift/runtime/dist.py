@@ -138,6 +138,14 @@ def share_error(ranks: Ranks, failure: UserError | None) -> None:
             raise again(said)
 
 
+def gathered(ranks: Ranks, value: T) -> list[T]:
+    """What each rank brings, in the order of ranks, on every rank. Every rank has to call."""
+    box: list[Any] = [value] * ranks.world
+    if ranks.world > 1:
+        td.all_gather_object(box, value)
+    return box
+
+
 def described(error: UserError) -> tuple[str, int]:
     return str(error), int(error.exit)
 

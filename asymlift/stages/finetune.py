@@ -1,4 +1,4 @@
-"""finetune: lifted model + shards -> checkpoints, previews and metrics.
+"""finetune: lifted model + data -> checkpoints, previews and metrics.
 
 A step is a pure function of the weights and its number: data order, noise, noise level, dropped
 captions and adapter dropout follow from (seed, step, slot). State is what a checkpoint holds.
@@ -21,8 +21,8 @@ from asymlift.artifacts.checkpoint import Checkpoint, step_folder
 from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically, writing
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
-from asymlift.data.feed import Feed, StepSamples
-from asymlift.data.order import EMPTY, Order, derive, share_of
+from asymlift.data.feed import ExactFeed, Feed, StepSamples
+from asymlift.data.order import Order, derive, share_of
 from asymlift.errors import BadData, BadRecipe, StoppedEarly
 from asymlift.families import find_family
 from asymlift.maths.pace import karras_decay, learning_rate_factor
@@ -35,13 +35,8 @@ from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine, EngineSettings
 from asymlift.runtime.log import Metrics, Ticker, detail, progress, read_metrics, say, warn
 from asymlift.runtime.signals import StopRequest, stop_requests
-from asymlift.stages.finetune_data import (
-    Encoders,
-    Ledger,
-    check_sample,
-    data_digest,
-    index_training_data,
-)
+from asymlift.stages.finetune_data import Encoders, check_sample, open_training_data
+from asymlift.stages.finetune_ledger import Ledger, by_reason, read_skipped
 from asymlift.stages.finetune_model import adapters_of, build_step
 from asymlift.stages.finetune_state import TrainingState, find_checkpoint
 from asymlift.stages.locate import checkpoints_path, lifted_path
@@ -62,7 +57,7 @@ class FinetuneReport:
     seconds: float
     num_trained: int  # parameters
     last: dict[str, float]  # the last line of metrics.jsonl; empty if nothing was left to do
-    num_bad_samples: int
+    bad_samples: dict[str, int]  # reason -> samples that could not be trained on
 
 
 def finetune(
@@ -76,7 +71,7 @@ def finetune(
     with locked(recipe.run_folder, ranks), stop_requests() as request:
         found = find_checkpoint(checkpoints_path(recipe), ranks)
         if found is not None and found.step >= settings.steps:
-            return nothing_left(recipe.run_folder, found)
+            return dist.first_does(ranks, lambda: nothing_left(recipe.run_folder, found))
         return Run(recipe, ranks, device, accumulation, zero3 or {}).to_the_end(found, request)
 
 
@@ -90,7 +85,7 @@ def nothing_left(folder: Path, found: Checkpoint) -> FinetuneReport:
         seconds=0.0,
         num_trained=sum(math.prod(shape) for _, shape, _ in found.state["parameters"]),
         last={},
-        num_bad_samples=found.state["bad"],
+        bad_samples=by_reason(read_skipped(folder)),
     )
 
 
@@ -136,15 +131,15 @@ class Run:
         own = ":" in recipe.model.family
         self.family = find_family(recipe.model.family if own else self.lifted.family, {}, {})
 
-        self.samples, self.grids = dist.all_do(
-            ranks, lambda: index_training_data(recipe, self.lifted)
-        )
-        self.order = Order(self.grids, self.settings.batch, self.settings.seed)
-        self.ledger = Ledger(self.folder, ranks.rank, recipe.data.max_bad_fraction)
+        self.training = open_training_data(recipe, self.lifted, self.family, ranks)
+        catalog = self.training.catalog
+        self.ledger = Ledger(self.folder, ranks, recipe.data.max_bad_fraction)
+        self.ledger.open(catalog)
+        self.order = Order(catalog.targets, self.settings.batch, self.settings.seed)
         self.share = share_of(
             range(self.settings.batch), ranks.rank, ranks.world, self.settings.micro_batch
         )
-        encoders = Encoders(self.lifted, self.family, recipe, ranks, device, self.samples)
+        encoders = Encoders(self.lifted, self.family, recipe, ranks, device, self.training)
         self.maker = encoders.batch_maker(self.settings)
         self.previews = Previews.begin(recipe, self.lifted, self.family, ranks, device, encoders)
         encoders.let_go()
@@ -214,21 +209,27 @@ class Run:
             seconds=time.monotonic() - started,
             num_trained=self.trainable.num_parameters,
             last=last,
-            num_bad_samples=self.ledger.num_bad,
+            bad_samples=self.ledger.reasons,
         )
 
     def feed(self) -> Feed:
-        return Feed(
-            self.samples,
+        data = self.recipe.data
+        return ExactFeed(
+            self.training.catalog,
             self.order,
             self.share,
-            workers=self.recipe.data.workers,
+            self.training.reader(data),
+            workers=data.workers,
+            seed=self.settings.seed,
+            choice=data.caption.choice,
             check=partial(
                 check_sample,
                 family=self.family,
                 geometry=self.lifted.geometry,
-                null_text=self.maker.null_text if self.recipe.data.text == "cached" else None,
+                null_text=self.maker.null_text,
+                text_online=self.training.text_online,
             ),
+            on_slow=warn,
         )
 
     @contextmanager
@@ -274,7 +275,7 @@ class Run:
             device=self.device,
         )
         num_good, num_bad, num_asking = (int(n) for n in dist.summed(counts).tolist())
-        self.ledger.note(read, num_good, num_bad)
+        self.ledger.note(read.faults, num_good, num_bad)
         totals = self.gradients(step, read, num_good)
         settings, skipped = self.settings, self.engine.num_skipped
         factor = learning_rate_factor(
@@ -312,17 +313,17 @@ class Run:
 
     def gradients(self, step: int, read: StepSamples, num_good: int) -> dict[str, float]:
         """Forward and backward of every micro-batch; the means of what is logged."""
-        settings, slots = self.settings, self.order.slots(step)
-        epoch = self.order.epoch_of(step)
-        grid = self.grids[next(i for i in slots if i != EMPTY)]
+        settings, patch = self.settings, self.lifted.geometry.pixel_patch
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over good samples.
         scale = self.accumulation * self.ranks.world / max(num_good, 1)
         sums: dict[str, Tensor] = {}
         for number, (positions, samples) in enumerate(
             zip(self.share, read.micro_batches, strict=True)
         ):
-            place = Place(settings.seed, epoch, [step * settings.batch + i for i in positions])
-            batch = self.maker.make(samples, place, grid)
+            slots = [step * settings.batch + position for position in positions]
+            height, width = read.sizes[number]
+            grid = (height // patch, width // patch)
+            batch = self.maker.make(samples, Place(settings.seed, read.epoch, slots), grid)
             torch.manual_seed(derive(settings.seed, "dropout", step, number, self.ranks.rank))
             for name, value in self.engine.forward_backward(batch, scale).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
@@ -375,11 +376,12 @@ class Run:
             "lora": {"rank": adapters.rank, "alpha": adapters.alpha} if adapters else None,
             "fingerprints": {
                 "lifted": digest_json(self.lifted.facts),
-                "data": data_digest(self.samples, self.grids),
+                "data": self.training.digest,
             },
             "recipe": {
                 **json.loads(self.settings.model_dump_json()),
                 "data.text": self.recipe.data.text,
+                "data.caption": self.recipe.data.caption.model_dump(),
                 "data.caption_dropout": self.recipe.data.caption_dropout,
                 "model.text_length": self.recipe.model.text_length,
             },
@@ -406,7 +408,11 @@ class Run:
 
     def rehearse(self, step: int) -> None:
         """One update that is thrown away: AdamW's state exists only after its first."""
-        empty = StepSamples([[None] * len(positions) for positions in self.share])
+        empty = StepSamples(
+            self.order.epoch_of(step),
+            [[None] * len(positions) for positions in self.share],
+            [self.order.size(step)] * len(self.share),
+        )
         self.gradients(step, empty, 0)
         self.engine.update(dict.fromkeys(set(self.trainable.roles.values()), 0.0), 0.0)
 
@@ -415,7 +421,7 @@ class Run:
         epochs = settings.steps / self.order.steps_per_epoch
         say(
             f"finetune {self.recipe.name}: {self.trainable.num_parameters:,} parameters train, "
-            f"{len(self.samples):,} samples, {settings.steps} steps of {settings.batch} "
+            f"{len(self.training.catalog):,} samples, {settings.steps} steps of {settings.batch} "
             f"({epochs:.1f} epochs), {self.ranks.world} rank(s) x {settings.micro_batch} x "
             f"{self.accumulation}, ZeRO {settings.zero.stage}, {settings.precision}"
         )

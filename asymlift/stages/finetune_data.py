@@ -1,140 +1,147 @@
-"""What a finetune trains on: the samples, what is not cached of them, and a ledger of bad ones."""
+"""What a finetune trains on: the samples, and what is not cached of them."""
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.lifted_folder import Lifted
-from asymlift.data.feed import StepSamples
-from asymlift.data.pairs import PairReader
-from asymlift.data.shards import LATENT, BadSample, Sample, SampleIndex, expand, index_shards
+from asymlift.data.catalog import Catalog
+from asymlift.data.pairs import PairReader, check_latent
+from asymlift.data.reader import Reader
+from asymlift.data.records import LATENT, TEXT, BadSample, Record, Sample
 from asymlift.errors import BadData
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.schedule import draw_sigma, draw_sigma_mode, draw_sigma_uniform
 from asymlift.model.batch import BatchMaker, Embedding
 from asymlift.model.loading import load_pipeline
-from asymlift.recipe import FinetuneSection, Recipe, TimeSection
+from asymlift.recipe import DataSection, FinetuneSection, Recipe, TimeSection
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
-from asymlift.runtime.log import warn
-from asymlift.stages.basis_statistics import check_budget
 from asymlift.stages.fit_basis import check_pairing
+from asymlift.stages.open_data import check_origin, open_data, tell_what_is_left_out
 
-MIN_SEEN = 1000  # before that many samples, the share of bad ones says little
 MOST_TRIED = 16  # cached latents that are looked at to find a few that can be compared
-NAMED = 3  # faults that are named on the screen, per reason; all of them go to logs/
 
 
-def grid_of(index: SampleIndex, patch: int) -> tuple[int, int]:
-    """Token rows and columns of a sample."""
-    return index.height // patch, index.width // patch
+# ---- samples -----------------------------------------------------------------------------------
 
 
-def index_training_data(
-    recipe: Recipe, lifted: Lifted
-) -> tuple[list[SampleIndex], list[tuple[int, int]]]:
-    """Every sample that can be trained on, with its token rows and columns."""
-    patch, faults = lifted.geometry.pixel_patch, list[BadSample]()
-    shards = index_shards(expand(recipe.data.train), on_bad=faults.append)
-    samples = []
-    for sample in (sample for shard in shards for sample in shard.samples):
-        if min(grid_of(sample, patch)) > 0:
-            samples.append(sample)
-        else:
-            size = f"{sample.width} x {sample.height}, a patch has {patch} x {patch}"
-            unreadable = sample.width == 0
-            reason = "image cannot be read" if unreadable else "smaller than one patch"
-            faults.append(BadSample(sample.where, reason, "" if unreadable else size))
-    for fault in faults[:NAMED]:
-        warn(f"{fault}; left out")
-    if len(faults) > NAMED:
-        warn(f"{len(faults)} samples are left out in all")
-    check_budget(faults, len(samples) + len(faults), recipe.data.max_bad_fraction)
-    if not samples:
-        raise BadData(f"{recipe.data.train}: there are no samples in these shards")
-    return samples, [grid_of(sample, patch) for sample in samples]
+@dataclass(frozen=True)
+class TrainingData:
+    """The samples, and what has to be made of them while training."""
+
+    catalog: Catalog
+    digest: str
+    reads_text: bool  # whether cached embeddings are used
+    text_online: bool  # whether captions are encoded while training
+    latents_online: bool
+
+    def reader(self, data: DataSection) -> Reader:
+        return Reader(data.caption.source, cached=(LATENT, TEXT) if self.reads_text else (LATENT,))
+
+    def foreign_latents(self) -> Iterator[Record]:
+        """Samples with a cached latent of which nobody says what made it."""
+        catalog = self.catalog
+        unsaid = [n for n, source in enumerate(catalog.sources) if "vae" not in (source.made or {})]
+        source_of = np.searchsorted(catalog.starts, catalog.chosen, side="right") - 1
+        wanted = np.flatnonzero(catalog.has(LATENT) & np.isin(source_of, unsaid))
+        return (catalog[index] for index in wanted.tolist())
 
 
-def data_digest(samples: Sequence[SampleIndex], grids: Sequence[tuple[int, int]]) -> str:
-    """Which samples, in which order, of which size: all that the order of training depends on."""
-    digest = hashlib.sha256()
-    for sample, grid in zip(samples, grids, strict=True):
-        digest.update(f"{sample.key} {grid}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+def open_training_data(
+    recipe: Recipe, lifted: Lifted, family: Family, ranks: Ranks
+) -> TrainingData:
+    """Everything that can be trained on, the same on every rank. Every rank has to call."""
+    data = recipe.data
+    catalog = open_data(data.train, data, lifted.geometry.pixel_patch, ranks)
+    if ranks.first:
+        tell_what_is_left_out(catalog)
+    digest = catalog.digest()
+    for rank, found in enumerate(dist.gathered(ranks, digest)):
+        if found != digest:
+            raise BadData(
+                f"{data.train}: ranks {min(rank, ranks.rank)} and {max(rank, ranks.rank)} find "
+                "different samples; every machine needs the same files"
+            )
+    reads_text = uses_embeddings(catalog, data)
+    complete = reads_text and has_every_embedding(catalog, data)
+    dist.first_does(ranks, lambda: check_made(catalog, recipe, lifted, family, reads_text))
+    return TrainingData(
+        catalog,
+        digest,
+        reads_text=reads_text,
+        text_online=data.text != "cached" and not complete,
+        latents_online=not catalog.has(LATENT).all(),
+    )
+
+
+def uses_embeddings(catalog: Catalog, data: DataSection) -> bool:
+    """Those of shards that were not prepared are of captions, so they do not serve for labels."""
+    fits = data.caption.source == "caption" or catalog.made is not None
+    if data.text == "cached" and not fits:
+        raise BadData(
+            f"{data.train}: its cached embeddings are of captions, and data.caption.source is "
+            f"{data.caption.source}; prepare it with that source, or set data.text: online"
+        )
+    return fits and data.text != "online"
+
+
+def has_every_embedding(catalog: Catalog, data: DataSection) -> bool:
+    """Whether no caption that may be chosen has to be encoded: `prepare` caches all of them."""
+    first_suffices = data.caption.choice == "first" or catalog.made is not None
+    return first_suffices and bool(catalog.has(TEXT).all())
+
+
+def check_made(
+    catalog: Catalog, recipe: Recipe, lifted: Lifted, family: Family, reads_text: bool
+) -> None:
+    """Refuse prepared data whose latents or embeddings another model made."""
+    if catalog.made is None:
+        return
+    folder, wanted = DiffusersFolder(lifted.folder), dict[str, Any](family=family.name)
+    if catalog.has(LATENT).any():
+        wanted["vae"] = folder.fingerprint("vae")
+    if reads_text and catalog.has(TEXT).any():
+        wanted["text encoders"] = folder.text_fingerprint()
+        wanted["text length"] = recipe.model.text_length
+        wanted["prompt"] = recipe.data.caption.source
+    check_origin(catalog.made, wanted, recipe.data, str(recipe.data.train))
 
 
 def check_sample(
-    index: SampleIndex,
+    record: Record,
     sample: Sample,
     *,
     family: Family,
     geometry: Geometry,
-    null_text: Embedding | None,
+    null_text: Embedding,
+    text_online: bool,
 ) -> None:
-    """Raise BadSample where a sample does not fit the model; None: the text is made online."""
-    if null_text is not None:
-        if sample.text is None:
-            raise BadSample(
-                index.where, "no text embedding", "data.text: online encodes it while training"
-            )
+    """Raise BadSample where a sample does not fit the model."""
+    if sample.latent is not None:
+        check_latent(record, sample.latent, sample.image.shape[-2:], geometry)
+    if sample.text is not None:
         try:
             family.collate([shapes_of(null_text), shapes_of(sample.text)])
         except BadData as error:
             detail = str(error).replace("sample 0", "the empty prompt").splitlines()[0]
-            raise BadSample(index.where, "text embedding does not fit", detail) from None
-    if sample.latent is None:
-        return
-    rows, columns = grid_of(index, geometry.pixel_patch)
-    expected = (geometry.channels, rows * geometry.patch, columns * geometry.patch)
-    if tuple(sample.latent.shape) != expected:
-        raise BadSample(
-            index.where,
-            "latent has the wrong shape",
-            f"{tuple(sample.latent.shape)}, the image needs {expected}",
-        )
+            raise BadSample(record.where, "text embedding does not fit", detail) from None
+    elif not text_online:
+        hint = "data.text: online encodes it while training"
+        raise BadSample(record.where, "no text embedding", hint)
 
 
 def shapes_of(embedding: Embedding) -> Embedding:
     return {name: tensor.to("meta") for name, tensor in embedding.items()}
 
 
-class Ledger:
-    """Bad samples: counted over all ranks, named, written down, and too many end the run."""
-
-    def __init__(self, folder: Path, rank: int, max_fraction: float) -> None:
-        self.path = folder / "logs" / f"skipped-{rank}.jsonl"
-        self.max_fraction = max_fraction
-        self.num_seen, self.num_bad = 0, 0  # all ranks
-        self.reasons = Counter[str]()  # this rank
-
-    def note(self, read: StepSamples, num_good: int, num_bad: int) -> None:
-        """Take in one step: what this rank read, and the counts of all ranks."""
-        self.num_seen += num_good + num_bad
-        self.num_bad += num_bad
-        for fault in read.faults:
-            self.reasons[fault.reason] += 1
-            if self.reasons[fault.reason] <= NAMED:
-                warn(f"{fault}; left out")
-        if read.faults:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                for fault in read.faults:
-                    line = {"sample": fault.where, "reason": fault.reason, "detail": fault.detail}
-                    file.write(json.dumps(line) + "\n")
-        if self.num_bad > self.max_fraction * max(self.num_seen, MIN_SEEN):
-            here = "; ".join(str(fault) for fault in read.faults[:NAMED]) or "read by another rank"
-            raise BadData(
-                f"{self.num_bad} of {self.num_seen} samples are bad, more than "
-                f"data.max_bad_fraction {self.max_fraction:g} allows: {here}\n"
-                f"all of them are listed in {self.path.parent}"
-            )
+# ---- what is not cached ------------------------------------------------------------------------
 
 
 class Encoders:
@@ -150,19 +157,17 @@ class Encoders:
         recipe: Recipe,
         ranks: Ranks,
         device: torch.device,
-        samples: Sequence[SampleIndex],
+        training: TrainingData,
     ) -> None:
         self.lifted, self.family, self.recipe = lifted, family, recipe
-        self.ranks, self.device = ranks, device
-        self.text_online = recipe.data.text == "online"
-        self.latents_online = any(LATENT not in sample.members for sample in samples)
+        self.ranks, self.device, self.training = ranks, device, training
         self.pipeline: Any = None
         if self.stay:
             dist.all_do(ranks, self.load)
         else:
             dist.first_does(ranks, self.load)
         self.null_text = self.for_all([""])[0]
-        dist.first_does(ranks, lambda: self.check_latents(samples))
+        dist.first_does(ranks, self.check_latents)
 
     def load(self) -> None:
         self.pipeline = load_pipeline(self.lifted.folder)
@@ -170,23 +175,19 @@ class Encoders:
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)
 
-    def check_latents(self, samples: Sequence[SampleIndex]) -> None:
+    def check_latents(self) -> None:
         """Compare a few cached latents with what this model's VAE makes of their images."""
-        geometry = self.lifted.geometry
         pairs = PairReader(
             self.lifted.color.space,
-            geometry.pixel_patch,
-            geometry.channels,
-            geometry.patch,
+            self.lifted.geometry,
             encode=lambda image: self.latents(image.to(self.device)).float().cpu(),
         )
-        cached = (sample for sample in samples if LATENT in sample.members)
-        check_pairing(pairs, list(islice(cached, MOST_TRIED)))
+        check_pairing(pairs, list(islice(self.training.foreign_latents(), MOST_TRIED)))
 
     @property
     def stay(self) -> bool:
         """Whether training itself needs them."""
-        return self.text_online or self.latents_online
+        return self.training.text_online or self.training.latents_online
 
     def for_all(self, prompts: list[str]) -> list[Embedding]:
         """Embeddings that rank 0 makes and every rank gets. Every rank has to call."""
@@ -211,8 +212,8 @@ class Encoders:
             null_text=self.null_text,
             caption_dropout=self.recipe.data.caption_dropout,
             draw_sigma=sigma_drawer(settings.time, self.device),
-            encode_latents=self.latents if self.latents_online else None,
-            encode_captions=self.captions if self.text_online else None,
+            encode_latents=self.latents if self.training.latents_online else None,
+            encode_captions=self.captions if self.training.text_online else None,
         )
 
     def let_go(self) -> None:

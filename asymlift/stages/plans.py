@@ -376,8 +376,9 @@ def describe_finetune(report: FinetuneReport) -> list[str]:
         lines.append(f"{values}; {report.seconds:.0f} s")
     else:
         lines.append("all steps were done already")
-    if report.num_bad_samples:
-        lines.append(f"{report.num_bad_samples} bad samples left out: see {report.folder / 'logs'}")
+    if report.bad_samples:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in report.bad_samples.items())
+        lines.append(f"bad samples left out: {reasons}; see {report.folder / 'logs'}")
     return lines
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from asymlift.data.captions import is_dropped
 from asymlift.data.order import derive
-from asymlift.data.pictures import image_to_float, resize_image
-from asymlift.data.shards import Sample
+from asymlift.data.pictures import image_to_float
+from asymlift.data.records import Sample
 from asymlift.families import FAMILIES
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import image_to_tokens
@@ -20,11 +21,11 @@ NUM = GRID[0] * GRID[1]
 CPU = torch.device("cpu")
 
 
-def sample(number: int, *, cached: bool = True, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Sample:
+def sample(number: int, *, cached: bool = True) -> Sample:
     g = torch.Generator().manual_seed(number)
     return Sample(
         f"{number:06d}",
-        torch.randint(0, 256, (3, *size), generator=g, dtype=torch.uint8),
+        torch.randint(0, 256, (3, HEIGHT, WIDTH), generator=g, dtype=torch.uint8),
         f"caption {number}",
         {},
         torch.randn(CHANNELS, 2 * GRID[0], 2 * GRID[1], generator=g) if cached else None,
@@ -177,9 +178,11 @@ def test_captions_encoded_here_are_those_that_are_kept():
         ]
 
     samples = [sample(i) for i in range(12)]
+    for each in samples:
+        each.text = None
     make = maker(dropout=0.4, encode_captions=encode)
     words = make.make(samples, Place(0, 0, range(12)), GRID).text["encoder_hidden_states"]
-    kept = [not make.drops(Place(0, 0, []), s.key) for s in samples]
+    kept = [not is_dropped(0.4, 0, 0, s.key) for s in samples]
     assert 0 < sum(kept) < 12
     assert asked == [[s.caption for s, keep in zip(samples, kept, strict=True) if keep]]
     assert words[:, 0, 0].tolist() == [float(i) if keep else -7.0 for i, keep in enumerate(kept)]
@@ -219,19 +222,47 @@ def test_a_missing_latent_without_a_vae_is_our_own_mistake():
         maker().make([sample(0, cached=False)], Place(0, 0, [0]), GRID)
 
 
-@pytest.mark.parametrize("size", [(HEIGHT + 5, WIDTH + 3), (3 * HEIGHT, 2 * WIDTH)])
-def test_pictures_of_another_size_are_resized_to_the_grid(size):
+def test_cached_embeddings_and_encoded_ones_go_together():
+    """Each keeps its place; what is cached is not encoded, whatever dtype it is stored in."""
+    asked: list[str] = []
+
+    def encode(captions: list[str]) -> list[dict[str, Tensor]]:
+        asked.extend(captions)
+        return [{"encoder_hidden_states": torch.full((5, WORDS), 8.0 + len(asked))}]
+
+    samples = [sample(i) for i in range(4)]
+    cached = [s.text["encoder_hidden_states"].bfloat16() for s in samples]
+    for s, words in zip(samples, cached, strict=True):
+        s.text = {"encoder_hidden_states": words}
+    samples[2].text = None
+    batch = maker(encode_captions=encode).make(samples, Place(0, 0, range(4)), GRID)
+    found = batch.text["encoder_hidden_states"]
+    assert asked == ["caption 2"]
+    assert found.dtype == torch.float32
+    for number in (0, 1, 3):
+        assert torch.equal(found[number], cached[number].float())
+    assert (found[2] == 9).all()
+
+
+def test_a_missing_embedding_without_an_encoder_is_our_own_mistake():
+    bare = sample(0)
+    bare.text = None
+    with pytest.raises(AssertionError, match="checked before training"):
+        maker().make([bare], Place(0, 0, [0]), GRID)
+
+
+def test_the_encoder_sees_the_picture_that_the_pixels_come_from():
     seen: list[Tensor] = []
 
     def encode(images: Tensor) -> Tensor:
         seen.append(images)
         return torch.zeros(1, CHANNELS, 2 * GRID[0], 2 * GRID[1])
 
-    big = sample(5, cached=False, size=size)
-    batch = maker(encode_latents=encode).make([big], Place(0, 0, [0]), GRID)
-    small = image_to_float(resize_image(big.image, HEIGHT, WIDTH))[None]
-    assert torch.equal(batch.x0, image_to_tokens(COLOR.encode(small), 8))
-    assert torch.equal(seen[0], small)  # the latents see the same picture
+    plain = sample(5, cached=False)
+    batch = maker(encode_latents=encode).make([plain], Place(0, 0, [0]), GRID)
+    picture = image_to_float(plain.image)[None]
+    assert torch.equal(batch.x0, image_to_tokens(COLOR.encode(picture), 8))
+    assert torch.equal(seen[0], picture)
 
 
 def test_cached_latents_and_texts_may_be_bf16():

@@ -54,6 +54,7 @@ def summary(report: stage.FinetuneReport) -> dict[str, Any]:
         "resumed_from": report.resumed_from,
         "metrics": [{key: json.loads(line).get(key) for key in keys} for line in lines],
         "digests": digests,
+        "bad_samples": report.bad_samples,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from asymlift.data.shards import write_shard
+from asymlift.data.writer import write_shard
 from asymlift.recipe import Recipe, check_recipe
 from asymlift.stages.demo import encoder
 from asymlift.stages.plans import run_convert, run_fit_basis

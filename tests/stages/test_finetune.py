@@ -4,21 +4,31 @@ Processes take seconds to start, so each of them does several runs.
 """
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from asymlift.artifacts.checkpoint import open_checkpoint, steps_on_disk
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.safetensors_stream import load_tensors
-from asymlift.data.shards import Sample, ShardReader, index_shard, write_shard
+from asymlift.data.catalog import indexed
+from asymlift.data.pictures import encode_picture, encode_png, float_to_image
+from asymlift.data.reader import Reader
+from asymlift.data.records import Sample
+from asymlift.data.writer import write_shard
+from asymlift.embedded.scenes import caption, make_scenes
 from asymlift.errors import BadData, BadRecipe, Exit, StoppedEarly
 from asymlift.recipe import load_recipe
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
 from asymlift.stages.finetune import Run, accumulation_for, finetune
+from asymlift.stages.finetune_data import Encoders
 from asymlift.stages.inspection import inspect_path
+from asymlift.stages.plans import describe_finetune
 from asymlift.stages.verify import verify
 from tests.stages.small_run import LORA, another_run, build, drive
 
@@ -229,6 +239,7 @@ def test_too_many_bad_samples_end_the_run_with_their_names(recipe, tmp_path):
     [log] = (recipe.parent / "bad-data" / "logs").glob("skipped-*.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert all("000000.tar!" in line["sample"] for line in lines)
+    assert {line["reason"] for line in lines} == {"changed since it was indexed"}
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(recipe):
@@ -296,24 +307,130 @@ def test_a_full_run_in_bfloat16_keeps_float32_weights(recipe, alone, stage):
     assert report.last["loss"] == pytest.approx(alone["full-0"]["metrics"][1]["loss"], rel=0.03)
 
 
+def samples_of(recipe: Path, number: int = 0) -> list[Sample]:
+    """What a shard holds, in memory."""
+    reader, shard = Reader(), indexed(recipe.parent / "shards" / f"{number:06d}.tar")
+    return [reader.read(shard.record(index)) for index in range(len(shard))]
+
+
 def test_what_is_not_cached_is_encoded_while_training(recipe, alone, tmp_path):
-    """Pictures and captions alone give the losses of the cached latents and embeddings."""
-    reader = ShardReader()
+    """Pictures and captions alone, or with some of it cached, give the losses of the cache."""
     for number in range(2):
-        index = index_shard(recipe.parent / "shards" / f"{number:06d}.tar")
-        bare = [reader.read(sample) for sample in index.samples]
-        samples = [Sample(sample.key, sample.image, sample.caption) for sample in bare]
-        write_shard(tmp_path / f"{number:06d}.tar", samples)
-    shards = f"data.train={tmp_path}/{{000000..000001}}.tar"
-    overrides = [another_run(recipe, "online"), shards, "finetune.steps=3"]
+        read = samples_of(recipe, number)
+        bare = [Sample(sample.key, sample.image, sample.caption) for sample in read]
+        write_shard(tmp_path / "bare" / f"{number:06d}.tar", bare)
+        for position, sample in enumerate(read):
+            sample.latent = sample.latent if position % 2 else None
+            sample.text = sample.text if position % 3 else None
+        write_shard(tmp_path / "mixed" / f"{number:06d}.tar", read)
+    overrides = ["finetune.steps=3", "data.resize.sides=[32]"]
+    bare, mixed = (f"data.train={tmp_path / name}" for name in ("bare", "mixed"))
 
+    refused = [another_run(recipe, "refused"), bare, *overrides]
     with pytest.raises(BadData, match="no text embedding"):
-        finetune(load_recipe(recipe, [*overrides, "data.max_bad_fraction=0"]), ALONE)
-    report = finetune(load_recipe(recipe, [*overrides, "data.text=online"]), ALONE)
+        finetune(
+            load_recipe(recipe, [*refused, "data.text=cached", "data.max_bad_fraction=0"]), ALONE
+        )
+    for name, more in (("bare", [bare]), ("mixed", [mixed]), ("new", [mixed, "data.text=online"])):
+        use = load_recipe(recipe, [another_run(recipe, f"online-{name}"), *overrides, *more])
+        report = finetune(use, ALONE)
 
-    cached = alone["full-0"]["metrics"][2]
-    assert report.last["loss"] == pytest.approx(cached["loss"], rel=1e-3)
-    assert report.last["control"] == pytest.approx(cached["control"], rel=1e-3)
+        cached = alone["full-0"]["metrics"][2]
+        assert report.last["loss"] == pytest.approx(cached["loss"], rel=1e-3)
+        assert report.last["control"] == pytest.approx(cached["control"], rel=1e-3)
+        assert report.bad_samples == {}
+
+
+def write_pictures(folder: Path, count: int, sizes: list[tuple[int, int]]) -> None:
+    """Scenes cut to sizes (height, width), as PNG files with captions beside them."""
+    scenes = make_scenes(range(count), seed=1, size=64)
+    for number, image in enumerate(float_to_image(scenes.image * 2 - 1)):
+        height, width = sizes[number % len(sizes)]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:03d}.png").write_bytes(encode_png(image[:, :height, :width]))
+        (folder / f"{number:03d}.txt").write_text(caption(scenes.labels[number]))
+
+
+SIZES = [(32, 32), (64, 64), (30, 50), (40, 64), (47, 45), (26, 41)]
+
+
+def test_a_folder_of_pictures_trains_as_it_is(recipe, tmp_path):
+    """Of all sizes and aspects, on two ranks as on one; one size has no picture that is sound."""
+    write_pictures(tmp_path / "pictures", 40, SIZES)
+    write_pictures(tmp_path / "pictures" / "small", 2, [(12, 12)])
+    broken = encode_picture(torch.randint(256, (3, 40, 24), dtype=torch.uint8), "jpeg", 90)[:-200]
+    for number in range(8):
+        (tmp_path / "pictures" / f"broken-{number}.jpg").write_bytes(broken)
+    job = [
+        f"data.train={tmp_path / 'pictures'}",
+        "data.resize={sides: [32], step: 8}",
+        "data.max_bad_fraction=0.5",
+        "finetune.checkpoint.every=100",
+    ]
+    found = {}
+    for ranks in (1, 2):
+        name = another_run(recipe, f"folder-{ranks}")
+        [found[ranks]], codes, said = drive(recipe, [[name, *job]], ranks=ranks)
+        assert codes == [0] * ranks, said
+        assert "too small" in said[0]
+
+    for result in found.values():
+        assert len(result["metrics"]) == 8  # more than an epoch: every size came up
+        assert all(math.isfinite(loss) for loss in losses(result))
+        assert losses(result).count(0.0) == 1  # nobody had a sample in that step
+        assert result["bad_samples"] == {"image cannot be decoded": 8}
+    assert losses(found[2]) == pytest.approx(losses(found[1]), rel=1e-4)
+    logs = (recipe.parent / "folder-2" / "logs").glob("skipped-*.jsonl")
+    lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+    assert len({line["sample"] for line in lines}) == len(lines) == 8
+
+
+def test_classes_train_instead_of_captions(recipe, tmp_path, monkeypatch):
+    """The class is the prompt, also where embeddings of captions are cached."""
+    read = samples_of(recipe)
+    for number, sample in enumerate(read):
+        sample.facts = {"label": number % 3, "class": f"kind {number % 3}"}
+    write_shard(tmp_path / "000000.tar", read)
+    asked = set()
+    encode = Encoders.captions
+
+    def note(self: Encoders, prompts: list[str]) -> list[dict[str, torch.Tensor]]:
+        asked.update(prompts)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(Encoders, "captions", note)
+    data = [f"data.train={tmp_path}/000000.tar", "data.caption.source=class"]
+    finetune(
+        load_recipe(recipe, [another_run(recipe, "classes"), *data, "finetune.steps=3"]), ALONE
+    )
+    assert asked == {"", "kind 0", "kind 1", "kind 2"}
+
+    with pytest.raises(BadData, match="its cached embeddings are of captions"):
+        cached = [another_run(recipe, "cached-classes"), *data, "data.text=cached"]
+        finetune(load_recipe(recipe, cached), ALONE)
+
+
+def test_what_was_prepared_for_another_model_is_refused(recipe, tmp_path):
+    vae = DiffusersFolder(recipe.parent / "run" / "lifted").fingerprint("vae")
+    made = {"family": "flux2", "vae": vae, "text length": 12, "prompt": "caption"}
+    read = samples_of(recipe)
+    mispaired = [replace(s, latent=o.latent) for s, o in zip(read, read[::-1], strict=True)]
+    shard = f"data.train={tmp_path}/000000.tar"
+    for key, other in (
+        ("family", "sd3"),
+        ("vae", "sha256:0"),
+        ("text encoders", "sha256:0"),
+        ("text length", 77),
+        ("prompt", "label"),
+    ):
+        write_shard(tmp_path / "000000.tar", read, made=made | {key: other})
+        with pytest.raises(BadData, match=f"was prepared with {key} {other}"):
+            finetune(load_recipe(recipe, [another_run(recipe, "other-model"), shard]), ALONE)
+
+    # What says that this VAE made it is believed: nothing is encoded again.
+    write_shard(tmp_path / "000000.tar", mispaired, made=made)
+    name = another_run(recipe, "this-model")
+    assert finetune(load_recipe(recipe, [name, shard, "finetune.steps=1"]), ALONE).step == 1
 
 
 def test_a_file_asks_for_a_stop_and_the_run_goes_on(recipe, alone):
@@ -349,35 +466,48 @@ def test_what_ends_one_rank_ends_all_with_the_same_message(recipe, alone):
 
 
 def test_latents_of_other_images_are_refused_before_training(recipe, tmp_path):
-    reader = ShardReader()
-    index = index_shard(recipe.parent / "shards" / "000000.tar")
-    read = [reader.read(sample) for sample in index.samples]
-    for sample, other in zip(read, [*read[1:], read[0]], strict=True):
-        sample.latent = reader.read(index.samples[[s.key for s in read].index(other.key)]).latent
-    write_shard(tmp_path / "000000.tar", read)
+    read = samples_of(recipe)
+    mixed = [replace(s, latent=o.latent) for s, o in zip(read, [*read[1:], read[0]], strict=True)]
+    write_shard(tmp_path / "000000.tar", mixed)
     overrides = [another_run(recipe, "mispaired"), f"data.train={tmp_path}/000000.tar"]
 
     with pytest.raises(BadData, match="belong to other images, another VAE"):
         finetune(load_recipe(recipe, overrides), ALONE)
 
 
-def test_an_embedding_of_another_encoder_is_a_bad_sample(recipe, tmp_path):
-    reader = ShardReader()
-    index = index_shard(recipe.parent / "shards" / "000000.tar")
-    read = [reader.read(sample) for sample in index.samples]
+def test_bad_samples_are_counted_by_reason_and_named_once(recipe, tmp_path, capfd):
+    """Over several epochs, and again when the run goes on; the report adds up all of them."""
+    read = samples_of(recipe)
     read[3].text = {"encoder_hidden_states": torch.zeros(7, 3)}
-    write_shard(tmp_path / "000000.tar", read)
-    overrides = [another_run(recipe, "foreign-text"), f"data.train={tmp_path}/000000.tar"]
+    read[4].text = {"encoder_hidden_states": torch.zeros(7, 3)}
+    read[5].latent = torch.zeros(3, 8, 8)
+    shard = tmp_path / "000000.tar"
+    write_shard(shard, read)
+    shard.write_bytes(shard.read_bytes()[:-2048])  # the end of the archive, and of a sample
+    run = [another_run(recipe, "bad-samples"), f"data.train={shard}", "data.max_bad_fraction=0.5"]
 
-    report = finetune(load_recipe(recipe, [*overrides, "finetune.steps=3"]), ALONE)
+    finetune(load_recipe(recipe, [*run, "finetune.steps=5"]), ALONE)
+    said = capfd.readouterr().err
+    report = finetune(load_recipe(recipe, run), ALONE)
 
-    assert report.num_bad_samples == 1
+    assert report.resumed_from == 5
+    assert report.bad_samples == {
+        "text embedding does not fit": 2,
+        "latent has the wrong number of channels": 1,
+        "shard is cut off": 1,
+    }
+    assert said.count("text embedding does not fit") == 2
+    assert said.count("left out, shard is cut off") == 1
+    [log] = (recipe.parent / "bad-samples" / "logs").glob("skipped-*.jsonl")
+    named = [json.loads(line)["sample"] for line in log.read_text().splitlines()]
+    assert len(named) == len(set(named)) == 4
+    assert finetune(load_recipe(recipe, run), ALONE).bad_samples == report.bad_samples
+    shown = "\n".join(describe_finetune(report))
+    assert "bad samples left out: text embedding does not fit 2, " in shown
 
 
 def test_pictures_smaller_than_a_patch_are_named_and_counted(recipe, tmp_path):
-    reader = ShardReader()
-    index = index_shard(recipe.parent / "shards" / "000000.tar")
-    read = [reader.read(sample) for sample in index.samples]
+    read = samples_of(recipe)
     read[0].image = read[0].image[:, :4, :4]
     write_shard(tmp_path / "000000.tar", read)
     overrides = [another_run(recipe, "small"), f"data.train={tmp_path}/000000.tar"]

@@ -1,0 +1,121 @@
+"""Bad samples of a finetune: named once, counted by reason, and too many end the run."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from asymlift.artifacts.files import writing
+from asymlift.data.catalog import Catalog
+from asymlift.data.records import BadSample
+from asymlift.errors import BadData
+from asymlift.runtime import dist
+from asymlift.runtime.dist import Ranks
+from asymlift.runtime.log import warn
+from asymlift.stages.basis_statistics import check_budget
+
+MIN_SEEN = 1000  # before that many samples, the share of bad ones says little
+NAMED = 3  # faults that are named on the screen, per reason; all of them go to logs/
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A line of logs/skipped-RANK.jsonl."""
+
+    sample: str
+    reason: str
+    detail: str
+    count: int = 1  # samples that are lost with it
+
+    def __str__(self) -> str:
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.sample}: {self.reason}{detail}"
+
+
+def skipped(fault: BadSample) -> Skipped:
+    return Skipped(fault.where, fault.reason, fault.detail, fault.count)
+
+
+class Ledger:
+    """What could not be trained on, on all ranks. Every rank has to call every method."""
+
+    def __init__(self, folder: Path, ranks: Ranks, max_fraction: float) -> None:
+        self.folder, self.ranks, self.max_fraction = folder / "logs", ranks, max_fraction
+        self.num_seen, self.num_bad = 0, 0  # while reading: over all epochs and ranks
+        before = dist.first_does(ranks, lambda: read_skipped(folder))
+        self.lines = dict.fromkeys(before)  # in order, as a set is not
+        self.names = {line.sample for line in before}
+        self.told = Counter[str]()
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Reason -> samples that are lost by it."""
+        return by_reason(self.lines)
+
+    def open(self, catalog: Catalog) -> None:
+        """Take in what was wrong before the first sample was read."""
+        lines = [skipped(fault) for fault in catalog.faults]
+        new = [line for line in dict.fromkeys(lines) if line not in self.lines]
+        dist.first_does(self.ranks, lambda: self.write(new))
+        self.remember(new)
+        check_budget(catalog.faults, catalog.num_listed, self.max_fraction)
+
+    def note(self, faults: Sequence[BadSample], num_good: int, num_bad: int) -> None:
+        """Take in one step: what this rank could not use, and the counts of all ranks."""
+        self.num_seen += num_good + num_bad
+        self.num_bad += num_bad
+        if num_bad == 0:
+            return
+        new = [skipped(fault) for fault in faults if fault.where not in self.names]
+        dist.all_do(self.ranks, lambda: self.write(new))
+        everywhere = [line for lines in dist.gathered(self.ranks, new) for line in lines]
+        self.remember(everywhere)
+        if self.ranks.first:
+            self.tell(everywhere)
+        if self.num_bad > self.max_fraction * max(self.num_seen, MIN_SEEN):
+            some = list(self.lines)[-NAMED:]
+            counts = ", ".join(f"{reason} {count}" for reason, count in self.reasons.items())
+            raise BadData(
+                f"{self.num_bad} of {self.num_seen} samples are bad, more than "
+                f"data.max_bad_fraction {self.max_fraction:g} allows: {'; '.join(map(str, some))}\n"
+                f"all of them are listed in {self.folder}: {counts}"
+            )
+
+    def write(self, lines: Sequence[Skipped]) -> None:
+        if not lines:
+            return
+        path = self.folder / f"skipped-{self.ranks.rank}.jsonl"
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+
+    def remember(self, lines: Sequence[Skipped]) -> None:
+        self.lines |= dict.fromkeys(lines)
+        self.names |= {line.sample for line in lines}
+
+    def tell(self, lines: Sequence[Skipped]) -> None:
+        for line in lines:
+            self.told[line.reason] += 1
+            if self.told[line.reason] <= NAMED:
+                warn(f"{line}; left out")
+
+
+def by_reason(lines: Iterable[Skipped]) -> dict[str, int]:
+    counts = Counter[str]()
+    for line in lines:
+        counts[line.reason] += line.count
+    return dict(counts.most_common())
+
+
+def read_skipped(folder: Path) -> list[Skipped]:
+    """What earlier runs in this folder wrote down; a line cut by a kill is left out."""
+    lines = []
+    for path in sorted((folder / "logs").glob("skipped-*.jsonl")):
+        for text in path.read_text("utf-8", "replace").splitlines():
+            try:
+                lines.append(Skipped(**json.loads(text)))
+            except (ValueError, TypeError):
+                continue
+    return lines
