@@ -270,7 +270,13 @@ def demo(
 
 @command("inspect")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Recipe, basis, model, checkpoint, run or shard.")],
+    path: Annotated[
+        Path, typer.Argument(help="Recipe, basis, model, checkpoint, run, shards or pictures.")
+    ],
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", help="Write up to 64 samples of training data as a PNG."),
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -278,7 +284,7 @@ def inspect(
     """Say what a file or folder is, from what it was made, and its key numbers."""
     from asymlift.stages.inspection import inspect_path
 
-    found = inspect_path(path)
+    found = inspect_path(path, picture)
     if as_json:
         log.print_json(dataclasses.asdict(found))
         return

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from asymlift.artifacts.diffusers_folder import DiffusersFolder, read_json
 from asymlift.artifacts.files import human_bytes
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.safetensors_stream import Header, TensorInfo, read_header
-from asymlift.data.shards import FACTS, LATENT, TEXT, BadSample, ShardReader, index_shard
 from asymlift.errors import BadData, UserError
 from asymlift.families import find_family
 from asymlift.families.base import Family, Geometry
@@ -23,40 +22,40 @@ from asymlift.model.trained_weights import DOWN, UP
 from asymlift.recipe import load_recipe
 from asymlift.runtime.log import read_metrics
 from asymlift.stages.fit_basis import verdict_on
+from asymlift.stages.inspect_data import inspect_data, is_data
+from asymlift.stages.inspected import SHOWN, Inspection, brief, some_of
 
 KNOWN = (
-    "a recipe (.yaml), a basis or other tensors (.safetensors), a shard (.tar), a diffusers "
-    "folder, a lifted folder, a checkpoint (step-N), a folder of samples, a run folder"
+    "a recipe (.yaml), a basis or other tensors (.safetensors), a shard (.tar) or a folder of "
+    "shards, a folder of pictures or a table of them (.jsonl, .csv, .parquet), a diffusers folder, "
+    "a lifted folder, a checkpoint (step-N), a folder of samples, a run folder"
 )
-SHOWN = 5  # problems, names
 MEGAPIXEL = 1024  # the side at which time shifts are quoted
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What people read (`rows`) and what programs read (`facts`); problems are in both."""
-
-    kind: str
-    title: str
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-
-def inspect_path(path: Path) -> Inspection:
-    """Say what a file or folder is."""
+def inspect_path(path: Path, picture: Path | None = None) -> Inspection:
+    """Say what a file or folder is; `picture` is where a contact sheet of training data goes."""
     if not path.exists():
         raise BadData(f"{path}: there is no such file or folder")
+    found = _by_kind(path)
+    if found is None and is_data(path):
+        return inspect_data(path, picture)
+    if found is None:
+        raise BadData(f"{path}: unknown; known are {KNOWN}")
+    if picture is not None:
+        raise BadData(f"{path}: a {found.kind}; only shards, folders and tables have pictures")
+    return found
+
+
+def _by_kind(path: Path) -> Inspection | None:
+    """What is no training data; None for that, and for what is unknown."""
     if path.is_file():
         readers: dict[str, Callable[[Path], Inspection]] = {
             ".yaml": _recipe,
             ".yml": _recipe,
             ".safetensors": _tensors,
-            ".tar": _shard,
         }
-        if path.suffix in readers:
-            return readers[path.suffix](path)
-        raise BadData(f"{path}: unknown; known are {KNOWN}")
+        return readers[path.suffix](path) if path.suffix in readers else None
     for mark, reader in (
         (lifted_folder.FACTS, _lifted),
         ("model_index.json", _base),
@@ -74,7 +73,7 @@ def inspect_path(path: Path) -> Inspection:
         return _run(path)
     if (path / "config.json").is_file() and (path.parent / "model_index.json").is_file():
         raise BadData(f"{path}: a component of the model in {path.parent}: give that folder")
-    raise BadData(f"{path}: unknown; known are {KNOWN}")
+    return None
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def _recipe(path: Path) -> Inspection:
     rows = [
         ("base", recipe.model.base),
         ("family", recipe.model.family),
-        ("training data", _listed(recipe.data.train)),
+        ("training data", some_of(recipe.data.train)),
         ("colour", f"{recipe.color.space}, mean {recipe.color.mean}, std {recipe.color.std}"),
         ("basis", f"{recipe.basis.method}, from {recipe.basis.images} images"),
         ("trains", trained),
@@ -118,7 +117,7 @@ def _tensors(path: Path) -> Inspection:
         return _basis(path)
     names = list(header.tensors)
     rows = [
-        ("tensors", f"{len(names)}: {_listed(names)}"),
+        ("tensors", f"{len(names)}: {some_of(names)}"),
         ("numbers", f"{_count(_numbers([header]))}, {_dtypes([header])}"),
         ("size", human_bytes(path.stat().st_size)),
     ]
@@ -148,7 +147,7 @@ def _basis(path: Path) -> Inspection:
         ("method", f"{basis.method or 'not said'}, {basis.num_images or 'unknown'} images"),
         ("family", basis.family or "not said"),
         ("colour", _color(basis.color) if basis.color else "not said"),
-        ("fitted for VAE", _brief(basis.vae_fingerprint or "not said")),
+        ("fitted for VAE", brief(basis.vae_fingerprint or "not said")),
     ]
     rows += [(f"held-out {name}", f"{value:.4f}") for name, value in basis.alignment.items()]
     problems = []
@@ -160,63 +159,6 @@ def _basis(path: Path) -> Inspection:
             "finds little of these latents in pixels; the lifted model starts from poor pictures"
         )
     return Inspection("basis", path.name, rows, facts, problems)
-
-
-def _shard(path: Path) -> Inspection:
-    faults: list[BadSample] = []
-    samples = index_shard(path, on_bad=faults.append).samples
-    suffixes = Counter(suffix for sample in samples for suffix in sample.members)
-    sizes = Counter((sample.width, sample.height) for sample in samples)
-    num_bytes = Counter[str]()
-    for sample in samples:
-        num_bytes.update({suffix: size for suffix, (_, size) in sample.members.items()})
-    rows = [
-        ("samples", f"{len(samples)}, {human_bytes(path.stat().st_size)}"),
-        *(
-            (f"*{suffix}", f"{count}, {human_bytes(num_bytes[suffix])}")
-            for suffix, count in sorted(suffixes.items())
-        ),
-        (
-            "image sizes",
-            _listed(f"{w} x {h} ({count})" for (w, h), count in sizes.most_common()),
-        ),
-    ]
-    facts: dict[str, Any] = {
-        "num_samples": len(samples),
-        "members": dict(sorted(suffixes.items())),
-        "bytes": dict(sorted(num_bytes.items())),
-        "sizes": [[w, h, count] for (w, h), count in sizes.most_common()],
-    }
-    problems = [str(fault) for fault in faults[:SHOWN]]
-    if len(faults) > SHOWN:
-        problems.append(f"and {len(faults) - SHOWN} more bad samples")
-    if samples:
-        try:
-            more_rows, more_facts = _first_sample(samples[0], ShardReader())
-            rows, facts = rows + more_rows, facts | more_facts
-        except BadSample as fault:
-            problems.append(str(fault))
-    for suffix, meaning in ((LATENT, "a latent"), (TEXT, "a text embedding")):
-        if 0 < suffixes[suffix] < len(samples):
-            problems.append(f"only {suffixes[suffix]} of {len(samples)} samples have {meaning}")
-    return Inspection("shard", path.name, rows, facts, problems)
-
-
-def _first_sample(sample: Any, reader: ShardReader) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    caption, latent, text = reader.caption(sample), reader.latent(sample), reader.text(sample)
-    tensors = {f"text {name}": tensor for name, tensor in (text or {}).items()}
-    if latent is not None:
-        tensors = {"latent": latent} | tensors
-    shapes = {
-        name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        for name, tensor in tensors.items()
-    }
-    rows = [("first key", sample.key), ("its caption", caption or "none")]
-    rows += [(f"its {name}", f"{shape} {dtype}") for name, (dtype, shape) in shapes.items()]
-    facts = {"first": {"key": sample.key, "caption": caption, "tensors": shapes}}
-    if FACTS in sample.members:
-        facts["first"]["facts"] = reader.facts(sample)
-    return rows, facts
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -244,9 +186,7 @@ def _lifted(path: Path) -> Inspection:
     family = find_family(lifted.family, folder.model_index, folder.config("transformer"))
     more_rows, more_facts = _sizes(folder, family, lifted.geometry, lifted.s)
     rows += [*more_rows, ("scale", f"{lifted.s:.6g}"), ("colour", _color(lifted.color))]
-    rows += [
-        (f"made from {k.replace('_', ' ')}", _brief(v)) for k, v in lifted.fingerprints.items()
-    ]
+    rows += [(f"made from {k.replace('_', ' ')}", brief(v)) for k, v in lifted.fingerprints.items()]
     for name, found in lifted.facts.get("verification", {}).items():
         rows.append((f"verified, {name}", _plain(found or "not run")))
     rows.append(("licence of the base", lifted.facts.get("base_license") or "not said"))
@@ -336,12 +276,12 @@ def _checkpoint(path: Path) -> Inspection:
     size = sum(size for size, _ in described.files.values())
     rows = [
         ("step", f"{state.get('step')}, {state.get('samples', 'unknown')} samples seen"),
-        ("trained whole", f"{_count(_numbers([Header(whole, {})]))} numbers: {_listed(modules)}"),
+        ("trained whole", f"{_count(_numbers([Header(whole, {})]))} numbers: {some_of(modules)}"),
         ("trained by LoRA", _adapters(adapters, lora)),
         ("average", "kept" if checkpoint.EMA in files else "none"),
         ("size", f"{human_bytes(size)} in {len(described.files)} files"),
     ]
-    rows += [(f"trained from {k}", _brief(v)) for k, v in state.get("fingerprints", {}).items()]
+    rows += [(f"trained from {k}", brief(v)) for k, v in state.get("fingerprints", {}).items()]
     facts = {
         "step": state.get("step"),
         "num_trained": _numbers([trained]),
@@ -411,7 +351,7 @@ def _run(path: Path) -> Inspection:
         problems += [f"{part}: {problem}" for problem in found.problems]
     steps = checkpoint.steps_on_disk(path / "checkpoints")
     facts["checkpoints"] = sorted(steps)
-    rows.append(("checkpoints", _listed(f"step {step}" for step in steps) or "none yet"))
+    rows.append(("checkpoints", some_of(f"step {step}" for step in steps) or "none yet"))
     lines = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
     if lines:
         facts["last"] = lines[-1]
@@ -419,7 +359,7 @@ def _run(path: Path) -> Inspection:
         rows.append(("last step", ", ".join(said)))
     samples = sorted(p.parent.name for p in path.glob("samples/*/index.json"))
     if samples:
-        rows.append(("samples", _listed(samples)))
+        rows.append(("samples", some_of(samples)))
     facts["samples"] = samples
     return Inspection("run", path.name, rows, facts, problems)
 
@@ -456,21 +396,7 @@ def _color(color: Any) -> str:
     return f"{color.space}, mean ({mean}), std {color.std:g}"
 
 
-def _brief(fingerprint: str) -> str:
-    """Enough of it to compare by eye; `facts` has all of it."""
-    return fingerprint[:19] + "..." if fingerprint.startswith("sha256:") else fingerprint
-
-
-def _listed(words: str | Iterable[str]) -> str:
-    """The first few of many."""
-    if isinstance(words, str):
-        return words
-    given = list(words)
-    more = f" and {len(given) - SHOWN} more" if len(given) > SHOWN else ""
-    return ", ".join(given[:SHOWN]) + more
-
-
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_brief(str(inner))}" for key, inner in value.items())
-    return _listed(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{key} {brief(str(inner))}" for key, inner in value.items())
+    return some_of(map(str, value)) if isinstance(value, list) else str(value)

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from asymlift.artifacts.basis_file import Basis, save_basis
 from asymlift.artifacts.checkpoint import committing
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
-from asymlift.data.shards import Sample, write_shard
 from asymlift.errors import BadData
 from asymlift.families import FAMILIES
 from asymlift.maths.color import ColorCode
@@ -213,42 +212,6 @@ def test_a_run(run):
     assert inspect_path(run).facts["checkpoints"] == [250]
 
 
-def shard(path, samples):
-    write_shard(path, samples)
-    return path
-
-
-def picture(key, **parts):
-    return Sample(key, torch.zeros(3, 16, 24, dtype=torch.uint8), caption=f"scene {key}", **parts)
-
-
-def test_a_shard(tmp_path):
-    samples = [
-        picture(
-            f"{number:03d}",
-            latent=torch.zeros(4, 4, 6, dtype=torch.bfloat16),
-            text={"encoder_hidden_states": torch.zeros(7, 24)},
-        )
-        for number in range(3)
-    ]
-    rows = rows_of(shard(tmp_path / "a.tar", samples))
-    assert rows["samples"].startswith("3, ")
-    assert rows["*.png"].startswith("3, ")
-    assert rows["image sizes"] == "24 x 16 (3)"
-    assert rows["first key"] == "000"
-    assert rows["its caption"] == "scene 000"
-    assert rows["its latent"] == "[4, 4, 6] bfloat16"
-    assert rows["its text encoder_hidden_states"] == "[7, 24] float32"
-
-
-def test_a_shard_with_faults_names_them(tmp_path):
-    good = picture("a", latent=torch.zeros(4, 4, 6))
-    path = shard(tmp_path / "a.tar", [good, ("b", {".png": b"x", ".txt": b""}), picture("c")])
-    problems = inspect_path(path).problems
-    assert f"{path}!b: empty member (.txt)" in problems
-    assert "only 1 of 2 samples have a latent" in problems
-
-
 def test_samples_that_are_not_finished(tmp_path):
     index = {
         "complete": False,
@@ -271,6 +234,11 @@ def test_other_tensors(tmp_path):
     rows = rows_of(tmp_path / "x.safetensors")
     assert rows["tensors"] == "2: w, b"
     assert rows["numbers"] == "1.23 M, F32, F16"
+
+
+def test_only_training_data_have_pictures_to_show(run, tmp_path):
+    with pytest.raises(BadData, match="a basis; only shards, folders and tables have pictures"):
+        inspect_path(run / "basis.safetensors", tmp_path / "sheet.png")
 
 
 def test_what_is_unknown_is_told_what_is_known(tmp_path, run):
