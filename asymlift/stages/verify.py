@@ -9,10 +9,18 @@ import torch
 from asymlift.artifacts import lifted_folder, manifest
 from asymlift.artifacts.basis_file import has_checksum, load_basis
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
-from asymlift.artifacts.files import human_bytes
+from asymlift.artifacts.files import human_bytes, sha256_file
 from asymlift.artifacts.safetensors_stream import DTYPES, read_header, read_tensor
+from asymlift.data.ahead import read_ahead
+from asymlift.data.catalog import cut_to, shards_in
+from asymlift.data.reader import Reader
+from asymlift.data.records import BadSample, Record
+from asymlift.data.table import index_path, index_shard, load_table
 from asymlift.errors import BadData
+from asymlift.runtime.log import progress
 
+SHARDS = "shards"  # the kind of a manifest in a folder of them
+WORKERS = 4
 RUN_PARTS = ("basis.safetensors", "lifted", "checkpoints/step-*")
 NO_CHECKSUM = "it carries no checksum: changed numbers cannot be told from right ones"
 
@@ -32,7 +40,7 @@ class Verdict:
 
 
 def verify(path: Path) -> Verdict:
-    """Check a basis, a lifted model, a checkpoint, a shard, or a run with several of these."""
+    """Check a basis, a lifted model, a checkpoint, shards, or a run with several of these."""
     if path.is_file():
         by_suffix = {".safetensors": _verify_basis, ".tar": _verify_shard}
         if path.suffix in by_suffix:
@@ -45,6 +53,8 @@ def verify(path: Path) -> Verdict:
     parts = [part for pattern in RUN_PARTS for part in sorted(path.glob(pattern))]
     if parts:
         return _verify_run(path, parts)
+    if shards_in(path):
+        return _verify_shards(path)
     if (path / "model_index.json").is_file():
         raise BadData(
             f"{path}: a diffusers folder without {manifest.NAME}, so there is nothing to verify "
@@ -71,21 +81,48 @@ def _verify_basis(path: Path) -> Verdict:
 
 
 def _verify_shard(path: Path) -> Verdict:
-    from asymlift.data.shards import ShardReader, index_shard  # needs torchvision
+    """The shard against its index, then every sample; without an index, what can be read."""
+    index = index_path(path)
+    table, facts, problems = load_table(path, index), list[str](), list[str]()
+    if table is not None and "sha256" in table.facts:
+        size = path.stat().st_size
+        if size != table.facts["bytes"]:
+            table = cut_to(table, size)
+        elif sha256_file(path) != table.facts["sha256"]:
+            problems.append(f"{path}: its bytes have changed (sha256 differs)")
+    else:
+        if table is None and index.exists():
+            problems.append(f"{index}: damaged, so {path.name} was read without it")
+        table = index_shard(path)
+        facts.append(NO_CHECKSUM)
+    reader, unreadable = Reader(), list[BadSample]()
+    with progress(f"verify {path.name}", len(table)) as ticker:
+        records = map(table.record, range(len(table)))
+        for fault in read_ahead(lambda record: _fault_of(reader, record), records, WORKERS):
+            unreadable += [fault] if fault else []
+            ticker.tick()
+    bad = [*table.faults, *unreadable]
+    lost = f", {sum(fault.count for fault in bad)} lost" if bad else ""
+    facts.insert(0, f"{len(table) - len(unreadable)} samples read{lost}")
+    return Verdict(path, "shard", facts, problems + [str(fault) for fault in bad])
 
-    faults: list[BadData] = []
+
+def _fault_of(reader: Reader, record: Record) -> BadSample | None:
     try:
-        index = index_shard(path, on_bad=faults.append)
-    except BadData as error:
-        return Verdict(path, "shard", problems=[str(error)])
-    reader = ShardReader()
-    for sample in index.samples:
-        try:
-            reader.read(sample)
-        except BadData as error:
-            faults.append(error)
-    facts = [f"{len(index.samples)} samples read", NO_CHECKSUM]
-    return Verdict(path, "shard", facts, [str(fault) for fault in faults])
+        reader.read(record)
+        for suffix in record.parts:  # also embeddings of other captions than the first
+            reader.bytes_of(record, suffix)
+    except BadSample as fault:
+        return fault
+    return None
+
+
+def _verify_shards(folder: Path) -> Verdict:
+    """Every shard of a folder that has no manifest."""
+    verdicts = [_verify_shard(path) for path in shards_in(folder)]
+    facts = [f"{len(verdicts)} shards"]
+    facts += [f"{v.path.name}: {fact}" for v in verdicts for fact in v.facts]
+    return Verdict(folder, "shards", facts, [text for v in verdicts for text in v.problems])
 
 
 def _verify_folder(folder: Path) -> Verdict:
@@ -100,6 +137,8 @@ def _verify_folder(folder: Path) -> Verdict:
         problems += _trouble(lambda: lifted_folder.read_lifted(folder))
         problems += _trouble(lambda: DiffusersFolder(folder).headers("transformer"))
         weights = sorted((folder / "transformer").glob("*.safetensors"))
+    elif described.kind == SHARDS:
+        weights = []  # indexes, which hold no weights
     else:
         weights = sorted(folder.rglob("*.safetensors"))
     for path in weights:

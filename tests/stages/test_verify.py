@@ -1,16 +1,19 @@
 """`verify` says what a thing is, whether it is whole, and what cannot be known."""
 
-import shutil
+import os
 
 import pytest
 import torch
 
 from asymlift.artifacts.manifest import write_manifest
 from asymlift.artifacts.safetensors_stream import save_tensors
+from asymlift.data.table import index_path, load_table
+from asymlift.data.writer import Packed, write_shard
 from asymlift.errors import BadData
 from asymlift.maths.basis import random_basis
 from asymlift.stages.convert import convert
 from asymlift.stages.verify import verify
+from tests.data.small_shards import PNG, flip, make_sample, overwrite, raw_tar
 from tests.reliability.fake_pipeline import fake_plan, write_basis
 
 
@@ -98,25 +101,98 @@ def test_what_asymlift_did_not_make_is_bad_data(plan, tmp_path):
             verify(path)
 
 
-def test_a_shard_is_read_sample_by_sample(tmp_path):
-    from asymlift.data.pictures import encode_png
-    from asymlift.data.shards import Sample, write_shard
+# ---- shards --------------------------------------------------------------------------------------
 
-    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    samples = [Sample(f"{n:05d}", image, "a square", {}, None, None) for n in range(3)]
-    path = tmp_path / "000000.tar"
-    write_shard(path, samples)
+
+@pytest.fixture
+def shards(tmp_path):
+    for name in range(2):
+        samples = (make_sample(3 * name + n) for n in range(3))
+        write_shard(tmp_path / f"{name}.tar", samples, made={"vae": "sha256:0"})
+    return tmp_path
+
+
+def test_a_shard_with_its_index_is_whole(shards):
+    verdict = verify(shards / "0.tar")
+    assert verdict.ok
+    assert (verdict.kind, verdict.facts) == ("shard", ["3 samples read"])
+
+
+def test_a_shard_of_others_is_read_sample_by_sample(tmp_path):
+    path = raw_tar(tmp_path / "a.tar", [("a.png", PNG), ("b.png", PNG), ("b.txt", b"x")])
     verdict = verify(path)
     assert verdict.ok
-    assert verdict.facts[0] == "3 samples read"
+    assert verdict.facts[0] == "2 samples read"
     assert "no checksum" in verdict.facts[1]
+    overwrite(path, 512, b"<html>")
+    assert verify(path).problems == [f"{path}!a: not a JPEG, PNG or WebP image"]
+    path.write_bytes(path.read_bytes()[:700])
+    assert "shard is cut off" in verify(path).problems[0]
+    path.write_text("<html>")
+    assert "not a tar" in verify(path).problems[0]
+    assert verify(path).facts[0] == "0 samples read, 1 lost"
 
-    data = path.read_bytes()
-    png = encode_png(image)
-    path.write_bytes(data.replace(png, b"\0" * len(png), 1))
-    assert "00000" in verify(path).problems[0]
-    path.write_bytes(data[:700])
-    assert not verify(path).ok
-    shutil.copy(path, tmp_path / "html.tar")
-    (tmp_path / "html.tar").write_text("<html>")
-    assert not verify(tmp_path / "html.tar").ok
+
+def test_a_byte_that_changed_is_found_wherever_it_is(shards):
+    path = shards / "0.tar"
+    table = load_table(path, index_path(path))
+    part = table.record(1).parts[".text.safetensors"]
+    flip(path, part.offset + part.size - 1)
+    assert verify(path).problems == [
+        f"{path}: its bytes have changed (sha256 differs)",
+        f"{path}!000001: changed since it was indexed (.text.safetensors)",
+    ]
+    assert verify(path).facts == ["2 samples read, 1 lost"]
+    flip(path, part.offset + part.size - 1)
+    flip(path, part.offset + part.size)  # padding, which no sample has
+    assert verify(path).problems == [f"{path}: its bytes have changed (sha256 differs)"]
+
+
+def test_the_embedding_of_another_caption_is_checked_too(tmp_path):
+    members = {".png": PNG, ".text1.safetensors": b"x" * 100}
+    path = tmp_path / "a.tar"
+    part = write_shard(path, [Packed("a", members, 8, 8)]).record(0).parts[".text1.safetensors"]
+    flip(path, part.offset)
+    assert f"{path}!a: changed since it was indexed (.text1.safetensors)" in verify(path).problems
+
+
+def test_a_shard_of_another_length_than_its_index_says(shards):
+    path = shards / "0.tar"
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    verdict = verify(path)
+    said = f"({size // 2} bytes, written with {size})"
+    assert verdict.problems == [f"{path}: shard is cut off {said}"]
+    assert verdict.facts == ["1 samples read, 2 lost"]
+
+
+def test_a_damaged_index_is_a_problem_of_a_sound_shard(shards):
+    index = index_path(shards / "0.tar")
+    flip(index, index.stat().st_size - 1)
+    verdict = verify(shards / "0.tar")
+    assert verdict.problems == [f"{index}: damaged, so 0.tar was read without it"]
+    assert verdict.facts[0] == "3 samples read"
+
+
+def test_a_folder_of_shards_is_verified_shard_by_shard(shards):
+    verdict = verify(shards)
+    assert verdict.ok
+    assert (verdict.kind, verdict.facts) == (
+        "shards",
+        ["2 shards", "0.tar: 3 samples read", "1.tar: 3 samples read"],
+    )
+    flip(shards / "1.tar", 0)
+    assert verify(shards).problems == [f"{shards}/1.tar: its bytes have changed (sha256 differs)"]
+
+
+def test_a_folder_of_shards_with_a_manifest_is_checked_against_it(shards):
+    write_manifest(shards, kind="shards", facts={})
+    verdict = verify(shards)
+    assert verdict.ok
+    assert (verdict.kind, verdict.facts[0].partition(",")[0]) == ("shards", "4 files")
+    flip(shards / "1.tar", 0)
+    (shards / "0.index.safetensors").unlink()
+    assert verify(shards).problems == [
+        "0.index.safetensors: missing",
+        "1.tar: its bytes have changed (sha256 differs)",
+    ]
