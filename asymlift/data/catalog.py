@@ -1,7 +1,8 @@
 """A catalog: every usable sample of shards, folders and tables, as one sequence of records.
 
 Shards are indexed once, into a file beside them (or in a cache folder where that cannot be
-written); pictures in folders are listed and measured. Nothing is decoded here.
+written); pictures in folders are listed and measured. Nothing is decoded here but what cannot be
+measured, to say why.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import numpy as np
 from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Fit, Refusal, place, suggestion, whole_patches
 from asymlift.data.listing import list_pictures
+from asymlift.data.reader import Reader
 from asymlift.data.records import IMAGE_SUFFIXES, LATENT, BadSample, Part, Record
 from asymlift.data.table import (
     Ints,
@@ -313,9 +315,14 @@ class Catalog(Sequence[Record]):
         for index in left_out.tolist():
             refusal = found[which[index]][as_stored[index]]
             assert isinstance(refusal, Refusal)
-            reason = NO_IMAGE if no_image[index] else refusal.reason
-            fault = BadSample(source.where(index), reason, refusal.detail)
-            sound = reason not in (UNREADABLE, NO_IMAGE) and not as_stored[index]
+            unreadable = refusal.reason == UNREADABLE
+            if no_image[index]:
+                fault = BadSample(source.where(index), NO_IMAGE)
+            elif unreadable:
+                fault = why_unreadable(source.record(index))
+            else:
+                fault = BadSample(source.where(index), refusal.reason, refusal.detail)
+            sound = not (no_image[index] or unreadable or as_stored[index])
             (self.refused if sound else self.faults).append(fault)
         return targets
 
@@ -365,6 +372,15 @@ class Catalog(Sequence[Record]):
             return BadData(f"{what}: {too_small[0]}\n{suggestion(sizes, self.fit)}")
         first = [*self.faults, *self.refused][:3]
         return BadData("\n".join([f"{what}: there are no usable samples", *map(str, first)]))
+
+
+def why_unreadable(record: Record) -> BadSample:
+    """What is wrong with an image whose size could not be told."""
+    try:
+        Reader().stored_image(record)
+    except BadSample as fault:
+        return fault
+    return BadSample(record.where, UNREADABLE)
 
 
 def with_counts(sources: Sequence[Source]) -> list[BadSample]:

@@ -14,11 +14,12 @@ from asymlift.data.buckets import Fit
 from asymlift.data.catalog import Catalog, expand, indexed, listed, open_catalog
 from asymlift.data.pictures import encode_picture, encode_png
 from asymlift.data.reader import Reader
-from asymlift.data.records import LATENT
+from asymlift.data.records import LATENT, BadSample
 from asymlift.data.table import Row, index_path, save_table, table_of
 from asymlift.data.writer import Packed, packed_sample, write_shard
 from asymlift.errors import BadData
 from tests.data.small_shards import PNG, make_sample, raw_tar
+from tests.reliability.difficult import make_shards
 
 FIT = Fit((16,), 8)
 
@@ -265,7 +266,7 @@ def test_bad_pictures_are_faults_and_small_ones_are_refused(tmp_path):
     catalog = open_catalog(raw_tar(tmp_path / "a.tar", members), FIT)
     assert list(catalog.keys()) == ["fine"]
     assert lines(catalog) == [
-        f"{tmp_path}/a.tar!broken: image cannot be read",
+        f"{tmp_path}/a.tar!broken: not a JPEG, PNG or WebP image",
         f"{tmp_path}/a.tar!caption: no image",
     ]
     assert [fault.reason for fault in catalog.refused] == ["too elongated", "too small"]
@@ -309,6 +310,41 @@ def test_pictures_need_not_be_measured(tmp_path):
     assert listed(tmp_path / "photos", measure=False).sizes.tolist() == [[0, 0]] * 3
 
 
+NEEDS_A_MODEL = {
+    "latent has the wrong shape",
+    "latent has the wrong number of channels",
+    "no text embedding",
+    "text embedding does not fit",
+}
+
+
+def test_every_difficult_sample_is_read_as_it_must_be_or_named_with_its_reason(tmp_path):
+    corpus = make_shards(tmp_path, plain=60, text={"hidden": (5, 6), "pooled": (7,)})
+    fit = Fit((8, 16, 64, 1024), 8, max_aspect=1e6, upscale=True)
+    catalog, reader = open_catalog(corpus.paths, fit), Reader()
+    read, faults = {}, [*catalog.faults, *catalog.refused]
+    for record in catalog:
+        try:
+            caption = reader.read(record).caption
+            read[record.key] = caption, reader.stored_image(record).permute(1, 2, 0).numpy()
+        except BadSample as fault:
+            faults.append(fault)
+    for case in corpus.cases:
+        if case.verdict == "accept":
+            caption, image = read[case.key]
+            assert case.agrees(image) and caption == case.caption, case.kind
+        elif case.reason not in NEEDS_A_MODEL:
+            named = [
+                f.reason for f in faults if case.key in f.where or ascii(case.key)[1:-1] in f.where
+            ]
+            assert case.reason in named, case.kind
+    assert corpus.plain.keys() <= read.keys()
+    for damage in corpus.damages:
+        assert damage.intact.keys() <= read.keys(), damage.kind
+        assert not damage.lost & read.keys(), damage.kind
+        assert any(f.reason == damage.reason and damage.shard in f.where for f in faults)
+
+
 # ---- nothing left --------------------------------------------------------------------------------
 
 
@@ -326,7 +362,7 @@ def test_nothing_but_faults_names_the_first_ones(tmp_path):
     raw_tar(tmp_path / "a.tar", [(f"{n}.png", b"<html>") for n in range(4)])
     said = str(open_catalog(tmp_path, FIT).nothing_left("shards")).splitlines()
     assert said[0] == "shards: there are no usable samples"
-    assert said[1:] == [f"{tmp_path}/a.tar!{n}: image cannot be read" for n in range(3)]
+    assert said[1:] == [f"{tmp_path}/a.tar!{n}: not a JPEG, PNG or WebP image" for n in range(3)]
 
 
 def test_a_catalog_of_nothing(tmp_path):

@@ -109,11 +109,11 @@ def test_what_is_wrong_is_told_by_reason(tmp_path):
         tmp_path / "a.tar", [*members, ("x/y.png", PNG), ("l.png", long), ("z.png", PNG)]
     )
     found = inspect_path(path)
-    unreadable = [f"{path}!{n}: image cannot be read" for n in range(3)]
+    unreadable = [f"{path}!{n}: not a JPEG, PNG or WebP image" for n in range(3)]
     assert found.problems[0] == f"5 left out, {'; '.join(unreadable)} and 2 more"
     assert found.problems[1].startswith(f"1 left out, {path}!x/y: key with a path in it")
     assert found.problems[2].startswith(f"1 left out, {path}!l: too elongated (80 x 8")
-    assert found.facts["left_out"]["image cannot be read"]["count"] == 5
+    assert found.facts["left_out"]["not a JPEG, PNG or WebP image"]["count"] == 5
     assert (found.facts["num_samples"], found.facts["num_lost"]) == (1, 6)
 
 
