@@ -174,7 +174,7 @@ class Gathering:
 
     def note_damage(self, damage: Damage) -> None:
         if damage.name:  # cut off inside this member
-            key = damage.name.partition(".")[0]
+            key, _ = split_name(damage.name)
             self.found.setdefault(key, {})
             self.wrong.setdefault(key, (damage.reason, damage.detail))
             return
@@ -184,7 +184,7 @@ class Gathering:
         self.damage = damage
 
     def add(self, name: str, span: Span, *, plain: bool = True) -> None:
-        key, _, rest = name.partition(".")
+        key, rest = split_name(name)
         suffix = f".{rest.lower()}"
         members = self.found.setdefault(key, {})
         if self.damage is not None:
@@ -219,6 +219,13 @@ class Gathering:
         ]
         usable = {k: spans for k, spans in self.found.items() if k and k not in self.wrong}
         return usable, self.faults + named
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, the rest) of a member; folders belong to the key, whatever dots are in them."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, rest = base.partition(".")
+    return folder + slash + stem, rest
 
 
 def fault_in_name(name: str) -> tuple[str, str] | None:
