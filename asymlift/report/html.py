@@ -88,6 +88,11 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     return f'<div class="scroll"><table>{content}</table></div>'
 
 
+def items(lines: Iterable[str]) -> str:
+    """Plain text, one below the other."""
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
 def picture(png: bytes, caption: str) -> str:
     data = b64encode(png).decode("ascii")
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asymlift.report.html import numbers, page, paragraph, picture, table
+from asymlift.data.records import CAPTION, FACTS, IMAGE_SUFFIXES, LATENT
+from asymlift.report.html import items, numbers, page, paragraph, picture, table
 
 MANY = 30  # rows of a table on the page
 LOCAL = ("out", "complete", "num_made", "num_missing", "already_done")  # of one run, not of shards
@@ -48,41 +49,72 @@ def prepare_page(report: PrepareReport, sheet: bytes) -> str:
     headline = numbers(
         [
             (f"{report.num_samples:,}", "samples", f"in {report.num_shards:,} shards"),
-            (f"{report.num_rejected:,}", "left out", "see rejected.jsonl"),
+            (f"{report.num_rejected:,}", "left out", "each is named in rejected.jsonl"),
             (f"{len(report.buckets):,}", "sizes", "a batch holds pictures of one"),
-            (f"{report.num_bytes / 1e9:,.2f} GB", "on disk", per_sample(report)),
+            (weight(report.num_bytes), "on disk", f"{per_sample(report, report.num_bytes)} each"),
         ]
     )
     seen = "What the model will see", picture(sheet, "A random choice, with the first captions.")
     sections = [
         ("", headline),
         *([seen] if sheet else []),
-        ("Sizes", table(shortened(report.buckets), ("width x height", "samples"))),
-        ("Bytes", table(list(report.bytes_per_part.items()), ("part", "bytes"))),
         ("Left out", left_out(report)),
-        ("Made with", table([(k, told(v)) for k, v in report.made.items()])),
+        ("Sizes", sizes(report)),
+        ("Bytes", parts(report)),
+        ("Made with", table([(name, told(value)) for name, value in report.made.items()])),
     ]
     if report.class_names:
         names = ", ".join(f"{n} {name}" for n, name in enumerate(report.class_names[:MANY]))
-        sections.append(("Classes", paragraph(f"{len(report.class_names)}: {names}")))
+        more = ", ..." if len(report.class_names) > MANY else ""
+        sections.append(("Classes", paragraph(f"{len(report.class_names)}: {names}{more}")))
     return page("asymlift prepare", sections)
 
 
-def per_sample(report: PrepareReport) -> str:
-    return f"{report.num_bytes / max(report.num_samples, 1) / 1e3:,.1f} kB a sample"
+def sizes(report: PrepareReport) -> str:
+    found = list(report.buckets.items())
+    rest = found[MANY:]
+    if rest:
+        found = [*found[:MANY], (f"{len(rest)} more", sum(count for _, count in rest))]
+    total = max(report.num_samples, 1)
+    rows = [(size, count, f"{count / total:.1%}") for size, count in found]
+    return table(rows, ("width x height", "samples", "share"))
 
 
-def shortened(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    rows = list(counts.items())
-    rest = rows[MANY:]
-    return rows[:MANY] + ([(f"{len(rest)} more", sum(n for _, n in rest))] if rest else [])
+def parts(report: PrepareReport) -> str:
+    """Bytes by what they are for; a sample's several captions together."""
+    named: dict[str, int] = {}
+    for suffix, count in report.bytes_per_part.items():
+        name = part_name(suffix)
+        named[name] = named.get(name, 0) + count
+    rows = [(name, weight(count), per_sample(report, count)) for name, count in named.items()]
+    return table(sorted(rows), ("part", "in all", "a sample"))
+
+
+def part_name(suffix: str) -> str:
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix.startswith(".text"):
+        return "text embeddings"
+    return {LATENT: "latent", CAPTION: "caption", FACTS: "facts"}.get(suffix, suffix)
+
+
+def per_sample(report: PrepareReport, count: int) -> str:
+    return f"{count / max(report.num_samples, 1) / 1e3:,.1f} kB"
+
+
+def weight(count: int) -> str:
+    """Decimal units, as disks are sold and as `shard_bytes` is given."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
 
 
 def left_out(report: PrepareReport) -> str:
     if not report.rejected:
         return paragraph("Nothing.")
-    examples = "".join(paragraph(line) for line in report.rejected_samples[:MANY])
-    return table(list(report.rejected.items()), ("reason", "samples")) + examples
+    counts = table(report.rejected.items(), ("reason", "samples"))
+    return counts + items(report.rejected_samples[:MANY])
 
 
 def told(value: Any) -> str:

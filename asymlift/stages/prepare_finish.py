@@ -16,6 +16,7 @@ from asymlift.data.reader import Reader
 from asymlift.data.records import BadSample
 from asymlift.data.table import Table, index_path, load_table
 from asymlift.errors import BadData, CannotWrite
+from asymlift.report.contact_sheet import contact_sheet
 from asymlift.report.prepare_report import PrepareReport, prepare_page
 from asymlift.stages.prepare_job import Job
 from asymlift.stages.prepare_work import Layout, class_names, plan_path, refuse_others, scratch
@@ -73,8 +74,6 @@ def finish(job: Job, layout: Layout, num_made: int) -> PrepareReport:
     )
     sheet = b""
     if shown:
-        from asymlift.report.contact_sheet import contact_sheet
-
         sheet = contact_sheet(shown)
         write_bytes_atomically(out / SHEET, sheet)
     write_bytes_atomically(out / PAGE, prepare_page(report, sheet).encode())

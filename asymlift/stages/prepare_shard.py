@@ -1,6 +1,7 @@
 """From pictures to the samples of one shard: read, brought to size, encoded, packed.
 
-What a shard holds depends on its records and the settings alone, not on who makes it, or when.
+What a shard holds depends on its records and the settings alone, not on who makes it, or when;
+to the last bit of a latent only on one kind of machine, with as many threads.
 
 Shapes: image (3, H, W) uint8, latent (C, h, w).
 """
