@@ -21,8 +21,8 @@ from asymlift.artifacts.checkpoint import Checkpoint, step_folder
 from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically, writing
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
-from asymlift.data.feed import ExactFeed, Feed, StepSamples
-from asymlift.data.order import Order, derive, share_of
+from asymlift.data.feed import Feed, StepSamples
+from asymlift.data.order import derive, share_of
 from asymlift.errors import BadData, BadRecipe, StoppedEarly
 from asymlift.families import find_family
 from asymlift.maths.pace import karras_decay, learning_rate_factor
@@ -132,10 +132,8 @@ class Run:
         self.family = find_family(recipe.model.family if own else self.lifted.family, {}, {})
 
         self.training = open_training_data(recipe, self.lifted, self.family, ranks)
-        catalog = self.training.catalog
         self.ledger = Ledger(self.folder, ranks, recipe.data.max_bad_fraction)
-        self.ledger.open(catalog)
-        self.order = Order(catalog.targets, self.settings.batch, self.settings.seed)
+        self.training.enter_faults(self.ledger)
         self.share = share_of(
             range(self.settings.batch), ranks.rank, ranks.world, self.settings.micro_batch
         )
@@ -178,7 +176,7 @@ class Run:
             self.announce(begin)
         if self.previews and begin == 0:
             self.show(0)
-        with self.feed() as feed, self.metrics(begin) as metrics, self.ticker(begin) as ticker:
+        with self.feed(begin) as feed, self.metrics(begin) as metrics, self.ticker(begin) as ticker:
             for step in range(begin, steps):
                 if self.ranks.first:
                     request.look_for_file(self.folder)
@@ -212,25 +210,15 @@ class Run:
             bad_samples=self.ledger.reasons,
         )
 
-    def feed(self) -> Feed:
-        data = self.recipe.data
-        return ExactFeed(
-            self.training.catalog,
-            self.order,
-            self.share,
-            self.training.reader(data),
-            workers=data.workers,
-            seed=self.settings.seed,
-            choice=data.caption.choice,
-            check=partial(
-                check_sample,
-                family=self.family,
-                geometry=self.lifted.geometry,
-                null_text=self.maker.null_text,
-                text_online=self.training.text_online,
-            ),
-            on_slow=warn,
+    def feed(self, begin: int) -> Feed:
+        check = partial(
+            check_sample,
+            family=self.family,
+            geometry=self.lifted.geometry,
+            null_text=self.maker.null_text,
+            text_online=self.training.text_online,
         )
+        return self.training.feed(self.ranks, begin, check)
 
     @contextmanager
     def metrics(self, begin: int) -> Iterator[Metrics | None]:
@@ -302,7 +290,7 @@ class Run:
             **totals,
             "grad_norm": norm,
             "lr": rate,
-            "epoch": step / self.order.steps_per_epoch,
+            "epoch": self.training.epoch(step, read),
             "samples": (step + 1) * settings.batch,
             "bad_samples": self.ledger.num_bad,
             "seconds": round(time.monotonic() - started, 4),
@@ -409,21 +397,20 @@ class Run:
     def rehearse(self, step: int) -> None:
         """One update that is thrown away: AdamW's state exists only after its first."""
         empty = StepSamples(
-            self.order.epoch_of(step),
+            0,
             [[None] * len(positions) for positions in self.share],
-            [self.order.size(step)] * len(self.share),
+            [self.training.size(step)] * len(self.share),
         )
         self.gradients(step, empty, 0)
         self.engine.update(dict.fromkeys(set(self.trainable.roles.values()), 0.0), 0.0)
 
     def announce(self, begin: int) -> None:
         settings = self.settings
-        epochs = settings.steps / self.order.steps_per_epoch
         say(
             f"finetune {self.recipe.name}: {self.trainable.num_parameters:,} parameters train, "
-            f"{len(self.training.catalog):,} samples, {settings.steps} steps of {settings.batch} "
-            f"({epochs:.1f} epochs), {self.ranks.world} rank(s) x {settings.micro_batch} x "
-            f"{self.accumulation}, ZeRO {settings.zero.stage}, {settings.precision}"
+            f"{settings.steps} steps of {settings.batch} ({self.training.about()}), "
+            f"{self.ranks.world} rank(s) x {settings.micro_batch} x {self.accumulation}, "
+            f"ZeRO {settings.zero.stage}, {settings.precision}"
         )
         if begin:
             say(f"resumed after step {begin}")

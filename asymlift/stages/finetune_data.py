@@ -1,5 +1,6 @@
 """What a finetune trains on: the samples, and what is not cached of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,11 +12,16 @@ from torch import Tensor
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.lifted_folder import Lifted
+from asymlift.artifacts.manifest import digest_json
+from asymlift.data.buckets import Fit, buckets
 from asymlift.data.catalog import Catalog
+from asymlift.data.feed import Check, ExactFeed, Feed, StepSamples
+from asymlift.data.order import Order, share_of
 from asymlift.data.pairs import PairReader, check_latent
 from asymlift.data.reader import Reader
-from asymlift.data.records import LATENT, TEXT, BadSample, Record, Sample
-from asymlift.errors import BadData
+from asymlift.data.records import LATENT, TEXT, BadSample, OnBad, Record, Sample
+from asymlift.data.stream import GUARANTEE, Stream, StreamFeed, expand_urls
+from asymlift.errors import BadData, BadRecipe
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.schedule import draw_sigma, draw_sigma_mode, draw_sigma_uniform
 from asymlift.model.batch import BatchMaker, Embedding
@@ -23,8 +29,10 @@ from asymlift.model.loading import load_pipeline
 from asymlift.recipe import DataSection, FinetuneSection, Recipe, TimeSection
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
+from asymlift.runtime.log import warn
+from asymlift.stages.finetune_ledger import Ledger
 from asymlift.stages.fit_basis import check_pairing
-from asymlift.stages.open_data import check_origin, open_data, tell_what_is_left_out
+from asymlift.stages.open_data import check_origin, fit_of, open_data, tell_what_is_left_out
 
 MOST_TRIED = 16  # cached latents that are looked at to find a few that can be compared
 
@@ -33,30 +41,162 @@ MOST_TRIED = 16  # cached latents that are looked at to find a few that can be c
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """The samples, and what has to be made of them while training."""
+class TrainingData(ABC):
+    """Where the samples come from, and what has to be made of them while training."""
 
-    catalog: Catalog
+    recipe: Recipe
     digest: str
     reads_text: bool  # whether cached embeddings are used
     text_online: bool  # whether captions are encoded while training
     latents_online: bool
 
-    def reader(self, data: DataSection) -> Reader:
-        return Reader(data.caption.source, cached=(LATENT, TEXT) if self.reads_text else (LATENT,))
+    def reader(self) -> Reader:
+        cached = (LATENT, TEXT) if self.reads_text else (LATENT,)
+        return Reader(self.recipe.data.caption.source, cached=cached)
 
     def foreign_latents(self) -> Iterator[Record]:
         """Samples with a cached latent of which nobody says what made it."""
+        return iter(())
+
+    @abstractmethod
+    def enter_faults(self, ledger: Ledger) -> None:
+        """What was wrong before the first sample was read. Every rank has to call."""
+
+    @abstractmethod
+    def feed(self, ranks: Ranks, begin: int, check: Check) -> Feed:
+        """This rank's samples from a step on."""
+
+    @abstractmethod
+    def size(self, step: int) -> tuple[int, int]:
+        """(height, width) of pictures that a step may have."""
+
+    @abstractmethod
+    def epoch(self, step: int, read: StepSamples) -> float:
+        """How often all samples have been seen."""
+
+    @abstractmethod
+    def about(self) -> str:
+        """How much there is, for the first line of a run."""
+
+
+@dataclass(frozen=True)
+class ExactData(TrainingData):
+    """A catalog: every sample once an epoch, in an order that follows from seed and step."""
+
+    catalog: Catalog
+    order: Order
+
+    def foreign_latents(self) -> Iterator[Record]:
         catalog = self.catalog
         unsaid = [n for n, source in enumerate(catalog.sources) if "vae" not in (source.made or {})]
         source_of = np.searchsorted(catalog.starts, catalog.chosen, side="right") - 1
         wanted = np.flatnonzero(catalog.has(LATENT) & np.isin(source_of, unsaid))
         return (catalog[index] for index in wanted.tolist())
 
+    def enter_faults(self, ledger: Ledger) -> None:
+        ledger.open(self.catalog)
+
+    def feed(self, ranks: Ranks, begin: int, check: Check) -> Feed:
+        data, settings = self.recipe.data, self.recipe.finetune
+        return ExactFeed(
+            self.catalog,
+            self.order,
+            share_of(range(settings.batch), ranks.rank, ranks.world, settings.micro_batch),
+            self.reader(),
+            workers=data.workers,
+            seed=settings.seed,
+            choice=data.caption.choice,
+            check=check,
+            on_slow=warn,
+        )
+
+    def size(self, step: int) -> tuple[int, int]:
+        return self.order.size(step)
+
+    def epoch(self, step: int, read: StepSamples) -> float:
+        return step / self.order.steps_per_epoch
+
+    def about(self) -> str:
+        epochs = self.recipe.finetune.steps / self.order.steps_per_epoch
+        return f"{len(self.catalog):,} samples, {epochs:.1f} epochs"
+
+
+@dataclass(frozen=True)
+class StreamData(TrainingData):
+    """Shards read from front to back; `GUARANTEE` says what that means."""
+
+    urls: list[str]
+    fit: Fit
+
+    def enter_faults(self, ledger: Ledger) -> None:
+        pass  # nothing has been looked at
+
+    def feed(self, ranks: Ranks, begin: int, check: Check) -> Feed:
+        data, settings = self.recipe.data, self.recipe.finetune
+
+        def stream(on_bad: OnBad) -> Stream:
+            return Stream(
+                self.urls,
+                self.fit,
+                rank=ranks.rank,
+                world=ranks.world,
+                seed=settings.seed,
+                first_step=begin,
+                on_bad=on_bad,
+                on_note=warn,
+            )
+
+        return StreamFeed(
+            stream,
+            self.reader(),
+            micro_batch=settings.micro_batch,
+            accumulation=settings.batch // (settings.micro_batch * ranks.world),
+            workers=data.workers,
+            seed=settings.seed,
+            choice=data.caption.choice,
+            check=check,
+            on_slow=warn,
+        )
+
+    def size(self, step: int) -> tuple[int, int]:
+        return min(size for sizes in buckets(self.fit).values() for size in sizes)
+
+    def epoch(self, step: int, read: StepSamples) -> float:
+        return float(read.epoch)
+
+    def about(self) -> str:
+        return f"{len(self.urls):,} shards, streamed"
+
 
 def open_training_data(
     recipe: Recipe, lifted: Lifted, family: Family, ranks: Ranks
-) -> TrainingData:
+) -> ExactData | StreamData:
+    """What `data.train` names, the same on every rank. Every rank has to call."""
+    if recipe.data.mode == "stream":
+        return open_stream(recipe, lifted, ranks)
+    return open_exact(recipe, lifted, family, ranks)
+
+
+def open_stream(recipe: Recipe, lifted: Lifted, ranks: Ranks) -> StreamData:
+    """Nothing is looked at before it is needed, so everything may have to be made."""
+    data = recipe.data
+    urls = dist.first_does(ranks, lambda: expand_urls(data.train))
+    if data.cache is not None:
+        raise BadRecipe("data.cache: needs shards that are read in any order, not data.mode stream")
+    if ranks.first:
+        warn(GUARANTEE)
+    return StreamData(
+        recipe,
+        digest_json(sorted(urls)),
+        reads_text=data.text != "online",
+        text_online=data.text != "cached",
+        latents_online=True,
+        urls=urls,
+        fit=fit_of(data.resize, lifted.geometry.pixel_patch),
+    )
+
+
+def open_exact(recipe: Recipe, lifted: Lifted, family: Family, ranks: Ranks) -> ExactData:
     """Everything that can be trained on, the same on every rank. Every rank has to call."""
     data = recipe.data
     catalog = open_data(data.train, data, lifted.geometry.pixel_patch, ranks)
@@ -72,12 +212,14 @@ def open_training_data(
     reads_text = uses_embeddings(catalog, data)
     complete = reads_text and has_every_embedding(catalog, data)
     dist.first_does(ranks, lambda: check_made(catalog, recipe, lifted, family, reads_text))
-    return TrainingData(
-        catalog,
+    return ExactData(
+        recipe,
         digest,
         reads_text=reads_text,
         text_online=data.text != "cached" and not complete,
         latents_online=not catalog.has(LATENT).all(),
+        catalog=catalog,
+        order=Order(catalog.targets, recipe.finetune.batch, recipe.finetune.seed),
     )
 
 

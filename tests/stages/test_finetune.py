@@ -385,6 +385,37 @@ def test_a_folder_of_pictures_trains_as_it_is(recipe, tmp_path):
     assert len({line["sample"] for line in lines}) == len(lines) == 8
 
 
+@pytest.mark.parametrize("text", ["cached", "auto"])
+def test_shards_that_can_only_be_streamed(recipe, tmp_path, text):
+    """Through pipes, on two ranks; a shard that is cut off costs its own samples; it goes on."""
+    shards = sorted((recipe.parent / "shards").glob("*.tar"))
+    (tmp_path / "cut.tar").write_bytes(shards[0].read_bytes()[:20000])
+    urls = [f"pipe:cat {path}" for path in [*shards, tmp_path / "cut.tar"]]
+    name = another_run(recipe, f"stream-{text}")
+    job = [
+        name,
+        "data.mode=stream",
+        f"data.text={text}",
+        f"data.train={json.dumps(urls)}",
+        "data.resize={sides: [32]}",
+        "data.max_bad_fraction=0.5",
+    ]
+    results, codes, said = drive(recipe, [[*job, "finetune.steps=4"], job], ranks=2)
+    assert codes == [0, 0], said
+    assert "data.mode: stream reads shards from front to back" in said[0]
+    assert "3 shards, streamed" in said[0]
+    assert results[1]["resumed_from"] == 4 and len(results[1]["metrics"]) == 8
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses(results[1]))
+    assert "shard is cut off" in results[1]["bad_samples"]
+
+
+def test_a_stream_needs_a_shard_for_every_rank(recipe):
+    job = [another_run(recipe, "stream-few"), "data.mode=stream", "data.train=pipe:cat nothing"]
+    _, codes, said = drive(recipe, [job], ranks=2)
+    assert codes == [65, 65]
+    assert all("a shard for every rank: 1 for 2 ranks" in text for text in said)
+
+
 def test_classes_train_instead_of_captions(recipe, tmp_path, monkeypatch):
     """The class is the prompt, also where embeddings of captions are cached."""
     read = samples_of(recipe)
