@@ -16,7 +16,7 @@ from functools import partial
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -234,7 +234,35 @@ def head_of(part: Part, count: int) -> bytes:
         return file.read(count)
 
 
-Source = Table | Listed
+class Source(Protocol):
+    """Samples from one place: a shard's table, a list of pictures, or either with a newer cache."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def sizes(self) -> Ints: ...  # (n, 2): width and height of the image as stored; 0 if unreadable
+
+    @property
+    def faults(self) -> Sequence[BadSample]: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    @property
+    def made(self) -> dict[str, Any] | None: ...
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
+
+    def keys(self) -> list[str]: ...
+
+    def where(self, index: int) -> str: ...
+
+    def has(self, suffix: str) -> Ints: ...
+
+    def record(self, index: int, target: tuple[int, int] | None = None) -> Record: ...
 
 
 # ---- the catalog -------------------------------------------------------------------------------
@@ -389,9 +417,9 @@ def with_counts(sources: Sequence[Source]) -> list[BadSample]:
     usual = round(sum(sizes) / len(sizes)) if sizes else 1
     faults = []
     for source in sources:
-        whole = isinstance(source, Table) and not len(source)
         for fault in source.faults:
-            weight = usual if whole and fault.where == str(source.path) else fault.count
+            whole = not len(source) and fault.where == str(source.path)
+            weight = max(usual, fault.count) if whole else fault.count
             faults.append(BadSample(fault.where, fault.reason, fault.detail, count=weight))
     return faults
 

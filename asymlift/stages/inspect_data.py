@@ -133,7 +133,7 @@ def members_of(sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
                 there = span[:, 0] >= 0
                 counts[suffix] += int(there.sum())
                 sizes[suffix] += int(span[there, 1].sum())
-        else:
+        elif isinstance(source, Listed):
             for record in source.records:
                 counts.update(record.parts.keys())
                 sizes.update({suffix: part.size for suffix, part in record.parts.items()})

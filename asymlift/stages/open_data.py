@@ -1,12 +1,14 @@
 """What a recipe's `data` names, opened: shards are indexed by all ranks, pictures listed by one."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Fit
-from asymlift.data.catalog import Catalog, Patterns, expand, indexed, listed
+from asymlift.data.catalog import Catalog, Listed, Patterns, expand, indexed, listed
+from asymlift.data.overlay import Caches, caches_of, overlaid
 from asymlift.data.reader import Reader
 from asymlift.data.records import BadSample
 from asymlift.data.table import Table
@@ -38,34 +40,56 @@ def reader_of(data: DataSection) -> Reader:
 def open_data(patterns: Patterns, data: DataSection, patch: int, ranks: Ranks = ALONE) -> Catalog:
     """A catalog of everything usable; every rank has to call."""
     named = dist.first_does(ranks, lambda: expand(patterns))
-    with progress("index shards", len(named.shards)) as ticker:
+    sources: list[Table | Listed] = [*index_shards(named.shards, data, ranks)]
+    for path in named.listings:
+        sources.append(dist.first_does(ranks, partial(list_pictures_of, path, data)))
+    newer = open_caches(data, ranks)
+    fit = fit_of(data.resize, patch)
+    catalog = dist.all_do(
+        ranks, lambda: Catalog([overlaid(s, newer) if newer else s for s in sources], fit)
+    )
+    if not len(catalog):
+        raise catalog.nothing_left(patterns)
+    return catalog
 
-        def index(shards: Sequence[Path]) -> list[Table]:
+
+def index_shards(shards: Sequence[Path], data: DataSection, ranks: Ranks) -> list[Table]:
+    """The index of every shard, made by all ranks together where there is none."""
+    with progress("index shards", len(shards)) as ticker:
+
+        def index(some: Sequence[Path]) -> list[Table]:
             tables = []
-            for table in read_ahead(indexed, shards, data.workers):
+            for table in read_ahead(indexed, some, data.workers):
                 tables.append(table)
                 ticker.tick()
             return tables
 
         if ranks.world > 1:  # each its share, so that afterwards all find an index
-            dist.all_do(ranks, lambda: index(named.shards[ranks.rank :: ranks.world]))
-        tables = dist.all_do(ranks, lambda: index(named.shards))
-    pictures = [
-        dist.first_does(
-            ranks,
-            lambda path=path: listed(  # type: ignore[misc]
-                path,
-                labels=data.caption.labels,
-                caption_lines=data.caption.lines,
-                workers=data.workers,
-            ),
+            dist.all_do(ranks, lambda: index(shards[ranks.rank :: ranks.world]))
+        return dist.all_do(ranks, lambda: index(shards))
+
+
+def list_pictures_of(path: Path, data: DataSection) -> Listed:
+    with progress(f"measure pictures of {path}", 0) as ticker:
+        return listed(
+            path,
+            labels=data.caption.labels,
+            caption_lines=data.caption.lines,
+            workers=data.workers,
+            on_done=ticker.tick,
         )
-        for path in named.listings
-    ]
-    catalog = dist.all_do(ranks, lambda: Catalog([*tables, *pictures], fit_of(data.resize, patch)))
-    if not len(catalog):
-        raise catalog.nothing_left(patterns)
-    return catalog
+
+
+def open_caches(data: DataSection, ranks: Ranks) -> Caches | None:
+    """The newer latents and embeddings that `data.cache` names."""
+    if data.cache is None:
+        return None
+    patterns = data.cache
+    named = dist.first_does(ranks, lambda: expand(patterns))
+    if named.listings:
+        raise BadData(f"data.cache: {named.listings[0]} is no shard, nor a folder of shards")
+    tables = index_shards(named.shards, data, ranks)
+    return dist.all_do(ranks, lambda: caches_of(tables))
 
 
 def tell_what_is_left_out(catalog: Catalog) -> None:
