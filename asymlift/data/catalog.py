@@ -22,7 +22,7 @@ import numpy as np
 
 from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Fit, Refusal, place, suggestion, whole_patches
-from asymlift.data.listing import list_pictures
+from asymlift.data.listing import UNNAMED, list_pictures
 from asymlift.data.reader import Reader
 from asymlift.data.records import IMAGE_SUFFIXES, LATENT, BadSample, Part, Record
 from asymlift.data.table import (
@@ -274,8 +274,10 @@ class Catalog(Sequence[Record]):
     def __init__(self, sources: Sequence[Source], fit: Fit) -> None:
         self.sources, self.fit = list(sources), fit
         self.starts = np.cumsum([0, *(len(source) for source in self.sources)])
-        self.faults = with_counts(self.sources)
-        self.refused: list[BadSample] = []  # sound, but not of a size to train on
+        found = with_counts(self.sources)
+        self.faults = [fault for fault in found if fault.reason != UNNAMED]
+        # Nothing is wrong with these: of a size that is not trained on, or left out by a table.
+        self.refused = [fault for fault in found if fault.reason == UNNAMED]
         self.made = common_origin(self.sources)
         targets = [self.targets_of(source) for source in self.sources]
         self.targets: Ints = np.concatenate(targets) if targets else np.zeros((0, 2), np.int32)

@@ -35,6 +35,7 @@ from asymlift.errors import BadData, Unavailable
 FOREIGN = (".gif", ".tif", ".tiff", ".bmp", ".heic", ".avif", ".jxl", ".svg", ".eps", ".jp2")
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "captions")
+UNNAMED = "not in the metadata"
 FOLDER = "folder"  # labels that are names of folders
 MAX_LABEL = 999_999  # there is a class name for every number up to the largest label
 KEY_LENGTH = 120  # keys become file names, which may have 255 bytes with their endings
@@ -373,7 +374,7 @@ def report_unnamed(root: Path, named: set[str], on_bad: OnBad) -> None:
     ]
     if left:
         detail = f"{len(left)}, such as {shown(left[0])}"
-        on_bad(BadSample(shown(root), "not in the metadata", detail, count=len(left)))
+        on_bad(BadSample(shown(root), UNNAMED, detail, count=len(left)))
 
 
 # ---- rows: (number, cells), one at a time ----------------------------------------------------

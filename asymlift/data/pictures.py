@@ -41,15 +41,35 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) as decode_image will return it; JPEG and WebP are not decoded for it."""
+    """(width, height) as decode_image will return it; nothing is decoded for it."""
     with Guard(), Image.open(BytesIO(data), formats=FORMATS) as picture:
         check_size(picture, max_pixels)
-        lies = picture.getexif().get(ORIENTATION, 1) in range(5, 9)
+        # Looking for the EXIF data of a PNG, Pillow decodes it: they may stand behind the pixels.
+        has_none = picture.format == "PNG" and not exif_in_png(data)
+        lies = not has_none and picture.getexif().get(ORIENTATION, 1) in range(5, 9)
         width, height = picture.size
     return (height, width) if lies else (width, height)
 
 
 ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
+
+
+def exif_in_png(data: bytes) -> bool:
+    """Whether a PNG has EXIF data, in their own chunk or as text; BadPicture where it is cut."""
+    offset = len(PNG_SIGNATURE)
+    while offset + 8 <= len(data):
+        size, kind = int.from_bytes(data[offset : offset + 4], "big"), data[offset + 4 : offset + 8]
+        if kind == b"IEND":
+            return False
+        content = data[offset + 8 : offset + 8 + 32]
+        if kind == b"eXIf" or (kind in PNG_TEXT and content.startswith(b"Raw profile type exif")):
+            return True
+        offset += 12 + size
+    raise BadPicture("image cannot be decoded", "a PNG without its end")
+
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 
 
 class Guard:
@@ -142,7 +162,7 @@ def srgb() -> ImageCms.ImageCmsProfile:
 
 def picture_suffix(data: bytes) -> str:
     """.png, .jpg or .webp by the first bytes, whatever the file is called."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(PNG_SIGNATURE):
         return ".png"
     if data.startswith(b"\xff\xd8\xff"):
         return ".jpg"

@@ -401,3 +401,14 @@ def test_a_hundred_thousand_samples_open_within_a_second(tmp_path):
     tracemalloc.stop()
     assert again.digest() == catalog.digest()
     assert peak < 40e6, (held, peak)
+
+
+def test_a_picture_that_a_table_leaves_out_is_not_bad(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(encode_png(torch.zeros(3, 32, 32, dtype=torch.uint8)))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
+    catalog = Catalog([listed(tmp_path)], FIT)
+    assert len(catalog) == 1 and not catalog.faults
+    assert [(fault.reason, fault.count) for fault in catalog.refused] == [
+        ("not in the metadata", 2)
+    ]

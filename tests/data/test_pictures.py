@@ -368,3 +368,28 @@ def test_resizing_to_the_same_size_changes_nothing():
     image = expected(RGB)
     assert resize_image(image, 32, 48) is image
     assert resize_image(image, 16, 24).shape == (3, 16, 24)
+
+
+def png_with_exif_behind_the_pixels() -> bytes:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    stream = BytesIO()
+    Image.new("RGB", (30, 20)).save(stream, "PNG", exif=exif)
+    data = stream.getvalue()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    rest = data.replace(chunk, b"")
+    end = rest.index(b"IEND") - 4
+    return rest[:end] + chunk + rest[end:]
+
+
+def test_the_size_of_a_png_takes_no_decoding(monkeypatch):
+    """Also where its EXIF data, which may turn it, stand behind the pixels."""
+    turned = png_with_exif_behind_the_pixels()
+    assert image_size(turned) == (20, 30) and decode_image(turned).shape == (3, 30, 20)
+    stream = BytesIO()
+    Image.new("RGB", (30, 20)).save(stream, "PNG")
+    monkeypatch.setattr(Image.Image, "load", pytest.fail)
+    assert image_size(stream.getvalue()) == (30, 20)
+    with pytest.raises(BadPicture, match="without its end"):
+        image_size(stream.getvalue()[:-14])
