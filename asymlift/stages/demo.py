@@ -1,6 +1,6 @@
 """demo: the whole method on the embedded tiny model, through the stages that a user runs.
 
-    scenes -> shards -> fit-basis -> convert -> finetune -> sample -> measure -> report.html
+    scenes -> prepare -> fit-basis -> convert -> finetune -> sample -> measure -> report.html
 
 It ends with a table, and fails when the port does not do what it promises (the gates).
 """
@@ -8,7 +8,7 @@ It ends with a table, and fails when the port does not do what it promises (the 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -18,13 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json
-from asymlift.data.pictures import decode_image, float_to_image, image_to_float
-from asymlift.data.records import Sample
-from asymlift.data.table import index_path, load_table
-from asymlift.data.writer import packed_sample, write_shard
+from asymlift.data.pictures import decode_image, encode_png, float_to_image, image_to_float
 from asymlift.embedded import IMAGE_SIZE, METRICS_NET, MODELS
 from asymlift.embedded.metrics import Measure, Scores
 from asymlift.embedded.nets import FeatureNet
@@ -36,6 +32,7 @@ from asymlift.recipe import Recipe, load_recipe
 from asymlift.report.basis_report import BasisReport
 from asymlift.report.html import numbers, page, paragraph, picture, table
 from asymlift.report.pictures import grid_png
+from asymlift.report.prepare_report import PrepareReport
 from asymlift.report.training_report import curve_sections
 from asymlift.runtime import log
 from asymlift.stages.convert import ConvertReport
@@ -43,19 +40,21 @@ from asymlift.stages.plans import (
     SampleRequest,
     describe_basis,
     describe_conversion,
+    describe_preparation,
     run_convert,
     run_finetune,
     run_fit_basis,
+    run_prepare,
     run_sample,
 )
+from asymlift.stages.prepare import Share
 
 WEAK, GOOD = "tiny", "tiny-good-vae"  # the embedded models
-TRAIN_SHARDS, SHARD_SAMPLES = 4, 1024
-VALIDATION_SAMPLES = 256
+PARTS = {"train": (0, 4096), "validation": (1, 256)}  # -> seed of the scenes, and how many
 NUM_PROMPTS = 256
 NUM_REFERENCE = 2048  # real scenes that nothing was trained on
-TRAIN_SEED, VALIDATION_SEED, PROMPT_SEED, REFERENCE_SEED = 0, 1, 99, 555
-ENCODED_AT_ONCE = 128
+PROMPT_SEED, REFERENCE_SEED = 99, 555
+MADE_AT_ONCE = 128
 TABLE_WIDTH = 100  # also where there is no terminal that has one
 SHOWN, SCALE = 12, 3  # pictures per row of a grid, and how much they are enlarged
 
@@ -105,8 +104,8 @@ def demo(out: Path, *, model: str = WEAK, overrides: Sequence[str] = ()) -> Demo
             f"name={out.name}",
             f"model.base=embedded:{model}",
             f"runs={out.parent}",
-            f"data.train={out}/shards/train/{{000000..{TRAIN_SHARDS - 1:06d}}}.tar",
-            f"data.validation={out}/shards/validation/000000.tar",
+            f"data.train={out}/shards/train",
+            f"data.validation={out}/shards/validation",
             *overrides,
         ],
     )
@@ -120,8 +119,9 @@ def demo(out: Path, *, model: str = WEAK, overrides: Sequence[str] = ()) -> Demo
 
 def run_all(recipe: Recipe, out: Path, model: str) -> DemoReport:
     seconds: dict[str, float] = {}
-    with timed(seconds, "shards"), writing(out):
-        write_shards(out / "shards", model)
+    with timed(seconds, "prepare"):
+        for made in make_data(recipe, out):
+            tell(describe_preparation(made))
     with timed(seconds, "fit-basis"):
         basis = run_fit_basis(recipe)
         assert basis is not None
@@ -159,76 +159,34 @@ def tell(lines: Sequence[str]) -> None:
 # ---- data --------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, model: str = WEAK) -> None:
-    """Scenes with their captions, latents and text embeddings; shards made alike stay."""
-    made = origin(model)
-    jobs = [
-        (folder / "train" / f"{number:06d}.tar", TRAIN_SEED, number * SHARD_SAMPLES, SHARD_SAMPLES)
-        for number in range(TRAIN_SHARDS)
-    ]
-    jobs.append((folder / "validation" / "000000.tar", VALIDATION_SEED, 0, VALIDATION_SAMPLES))
-    missing = [job for job in jobs if not is_made(job[0], made)]
-    if not missing:
-        log.say("   all there already")
-        return
-    encode = encoder(model)
-    for path, seed, start, count in log.track(missing, "shards", len(missing)):
-        scenes = make_scenes(range(start, start + count), seed=seed, size=IMAGE_SIZE)
-        keys = [f"{seed}-{index:06d}" for index in range(start, start + count)]
-        samples = (packed_sample(sample, "float16") for sample in encode(scenes, keys))
-        write_shard(path, samples, made=made)
+def make_data(recipe: Recipe, out: Path) -> list[PrepareReport]:
+    """A folder of pictures with captions, as a user has one, and the shards made of it."""
+    made = []
+    for part, (seed, count) in PARTS.items():
+        pictures = out / "pictures" / part
+        write_pictures(pictures, seed, count)
+        paths = {"source": str(pictures), "out": str(out / "shards" / part)}
+        assert recipe.prepare is not None
+        section = recipe.prepare.model_copy(update=paths)
+        made.append(run_prepare(recipe.model_copy(update={"prepare": section}), Share()))
+    return made
 
 
-def is_made(path: Path, made: dict[str, Any]) -> bool:
-    table = load_table(path, index_path(path))
-    return table is not None and table.made == made and path.is_file()
-
-
-def origin(model: str) -> dict[str, Any]:
-    """What the samples come from, as `prepare` would say it."""
-    folder, recipe = DiffusersFolder(MODELS[model]), load_recipe(recipe_file("tiny.yaml"))
-    return {
-        "family": "flux2",
-        "resize": recipe.data.resize.model_dump(),
-        "latents": "float16",
-        "vae": folder.fingerprint("vae"),
-        "text": "float16",
-        "text encoders": folder.text_fingerprint(),
-        "text length": recipe.model.text_length,
-        "prompt": recipe.data.caption.source,
-    }
-
-
-Encode = Callable[[Scenes, Sequence[str]], Iterator[Sample]]
-
-
-def encoder(model: str = WEAK) -> Encode:
-    """The base's own VAE and text encoder, through its family, as for any model."""
-    family, pipeline = FAMILIES["flux2"], load_pipeline(MODELS[model])
-    text_length = load_recipe(recipe_file("tiny.yaml")).model.text_length
-    known: dict[str, dict[str, Tensor]] = {}
-
-    def text_of(captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        fresh = [text for text in dict.fromkeys(captions) if text not in known]
-        if fresh:
-            known.update(
-                zip(fresh, family.encode_prompt(pipeline, fresh, text_length), strict=True)
-            )
-        return [known[text] for text in captions]
-
-    @torch.no_grad()
-    def encode(scenes: Scenes, keys: Sequence[str]) -> Iterator[Sample]:
-        images = float_to_image(scenes.image * 2 - 1)
-        captions = [caption(row) for row in scenes.labels]
-        for start in range(0, len(scenes), ENCODED_AT_ONCE):
-            part = slice(start, start + ENCODED_AT_ONCE)
-            latents = family.encode_latents(pipeline.vae, image_to_float(images[part]))
-            texts = text_of(captions[part])
-            columns = (keys[part], images[part], captions[part], latents, texts)
-            for key, image, words, latent, text in zip(*columns, strict=True):
-                yield Sample(key, image, words, latent=latent, text=text)
-
-    return encode
+def write_pictures(folder: Path, seed: int, count: int) -> None:
+    """Scenes as PNG files, their captions beside them; what is there stays."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"{seed}-{index:06d}" for index in range(count)]
+        missing = [n for n, name in enumerate(names) if not (folder / f"{name}.png").exists()]
+        for start in range(0, len(missing), MADE_AT_ONCE):
+            indices = missing[start : start + MADE_AT_ONCE]
+            scenes = make_scenes(indices, seed=seed, size=IMAGE_SIZE)
+            images = float_to_image(scenes.image * 2 - 1)
+            for index, image, words in zip(indices, images, scenes.captions, strict=True):
+                (folder / f"{names[index]}.txt").write_text(words)
+                part = folder / f".{names[index]}.part"
+                part.write_bytes(encode_png(image))
+                part.replace(folder / f"{names[index]}.png")
 
 
 # ---- pictures and numbers ----------------------------------------------------------------------
@@ -257,7 +215,7 @@ def sample_all(recipe: Recipe, prompts: Scenes, model: str) -> dict[str, Tensor]
 def reconstruct(image: Tensor, model: str) -> Tensor:
     """What the VAE leaves of pictures."""
     family, vae = FAMILIES["flux2"], load_pipeline(MODELS[model], ["vae"]).vae.float()
-    parts = torch.split(image, ENCODED_AT_ONCE)
+    parts = torch.split(image, MADE_AT_ONCE)
     return torch.cat(
         [family.decode_latents(vae, family.encode_latents(vae, part)) for part in parts]
     )

@@ -5,19 +5,26 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from asymlift.data.pictures import float_to_image
+from asymlift.data.records import Sample
 from asymlift.data.writer import write_shard
+from asymlift.embedded import MODELS
+from asymlift.embedded.scenes import Scenes, make_scenes
+from asymlift.families import FAMILIES
+from asymlift.model.loading import load_pipeline
 from asymlift.recipe import Recipe, check_recipe
-from asymlift.stages.demo import encoder
 from asymlift.stages.plans import run_convert, run_fit_basis
 
 DRIVER = Path(__file__).with_name("drive_finetune.py")
 ROOT = Path(__file__).parents[2]
-NUM_SHARDS, SHARD_SAMPLES = 2, 24
+NUM_SHARDS, SHARD_SAMPLES, TEXT_LENGTH = 2, 24, 12
 
 
 def recipe_values(runs: Path, name: str = "run") -> dict[str, Any]:
@@ -25,7 +32,7 @@ def recipe_values(runs: Path, name: str = "run") -> dict[str, Any]:
     return {
         "name": name,
         "runs": str(runs),
-        "model": {"base": "embedded:tiny", "text_length": 12},
+        "model": {"base": "embedded:tiny", "text_length": TEXT_LENGTH},
         "data": {
             "train": str(runs / "shards" / "{000000..000001}.tar"),
             "workers": 2,
@@ -76,15 +83,23 @@ def small_recipe(runs: Path, **sections: Any) -> Recipe:
     return check_recipe({**recipe_values(runs), **sections}, "small recipe")
 
 
+@torch.no_grad()
+def encoded(scenes: Scenes, keys: list[str]) -> Iterator[Sample]:
+    """As somebody else's program may have cached them: nothing says what made them."""
+    family, pipeline = FAMILIES["flux2"], load_pipeline(MODELS["tiny"])
+    images = float_to_image(scenes.image * 2 - 1)
+    latents = family.encode_latents(pipeline.vae, scenes.image * 2 - 1)
+    texts = family.encode_prompt(pipeline, scenes.captions, TEXT_LENGTH)
+    columns = (keys, images, scenes.captions, latents, texts)
+    for key, image, words, latent, text in zip(*columns, strict=True):
+        yield Sample(key, image, words, latent=latent, text=text)
+
+
 def build(runs: Path) -> Path:
     """Shards, basis and lifted model under `runs`; returns the recipe file."""
-    from asymlift.embedded.scenes import make_scenes
-
-    encode = encoder()
     for number in range(NUM_SHARDS):
         indices = range(number * SHARD_SAMPLES, (number + 1) * SHARD_SAMPLES)
-        keys = [f"{index:06d}" for index in indices]
-        samples = encode(make_scenes(indices, seed=0, size=32), keys)
+        samples = encoded(make_scenes(indices, seed=0, size=32), [f"{n:06d}" for n in indices])
         write_shard(runs / "shards" / f"{number:06d}.tar", samples)
     recipe = small_recipe(runs)
     run_fit_basis(recipe)

@@ -12,12 +12,14 @@ from asymlift.cli import app
 from asymlift.data.buckets import Fit
 from asymlift.data.catalog import open_catalog
 from asymlift.data.reader import Reader
-from asymlift.data.table import index_path
 from asymlift.embedded.metrics import Scores
 from asymlift.embedded.scenes import make_scenes
 from asymlift.errors import CannotWrite, Exit
+from asymlift.recipe import load_recipe
 from asymlift.stages import demo as stage
-from asymlift.stages.demo import REAL, ROWS, DemoReport, Gate, check_gates, write_shards
+from asymlift.stages.demo import REAL, ROWS, DemoReport, Gate, check_gates, make_data, recipe_file
+
+FIT = Fit((32,), 8)
 
 WORDS = dict.fromkeys(("shape", "texture", "foreground", "background", "letter"), 0.5)
 SCORES = Scores(100.0, 0.5, WORDS, 0.4, 3.0)
@@ -72,43 +74,31 @@ def test_a_broken_gate_fails_the_command(monkeypatch, tmp_path, kept, code):
 
 
 @pytest.fixture
-def shards(monkeypatch, tmp_path):
-    monkeypatch.setattr(stage, "SHARD_SAMPLES", 3)
-    monkeypatch.setattr(stage, "VALIDATION_SAMPLES", 2)
-    monkeypatch.setattr(stage, "TRAIN_SHARDS", 2)
-    write_shards(tmp_path)
-    return sorted(tmp_path.rglob("*.tar"))
+def recipe(monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "PARTS", {"train": (0, 6), "validation": (1, 2)})
+    return load_recipe(recipe_file("tiny.yaml"), ["prepare.shard_samples=3"])
 
 
-def test_shards_have_every_member_and_the_scenes_that_their_keys_name(shards, tmp_path):
-    samples = list(open_catalog(shards, Fit((32,), 8)))
-    keys = [sample.key for sample in samples]
+def test_shards_are_prepared_from_a_folder_of_the_scenes_that_their_keys_name(recipe, tmp_path):
+    make_data(recipe, tmp_path)
+    catalog = open_catalog([tmp_path / "shards" / "train", tmp_path / "shards" / "validation"], FIT)
+    keys = list(catalog.keys())
     assert sorted(keys) == [*(f"0-{i:06d}" for i in range(6)), "1-000000", "1-000001"]
     suffixes = {".png", ".txt", ".json", ".latent.safetensors", ".text.safetensors"}
-    assert all(set(sample.parts) == suffixes for sample in samples)
-    assert all(sample.target == (32, 32) for sample in samples)
-    read = Reader().read(samples[keys.index("0-000004")])
+    assert all(set(sample.parts) == suffixes for sample in catalog)
+    read = Reader().read(catalog[keys.index("0-000004")])
     assert read.latent.dtype == torch.float16
     assert all(tensor.dtype == torch.float16 for tensor in read.text.values())
     real = make_scenes([4], seed=0, size=32)
     assert read.caption == real.captions[0]
     assert torch.equal(read.image, (real.image[0] * 255).round().to(torch.uint8))
-    before = [shard.stat().st_mtime_ns for shard in shards]
-    write_shards(tmp_path)
-    assert [shard.stat().st_mtime_ns for shard in shards] == before
 
 
-def test_shards_say_what_they_were_made_with_and_are_made_again_for_another_model(shards, tmp_path):
-    made = open_catalog(shards, Fit((32,), 8)).made
-    assert {"family", "vae", "text encoders"} < made.keys()
-    assert (made["text length"], made["resize"]["sides"]) == (12, [32])
-    index_path(shards[0]).unlink()  # as an older demo left them
-    kept = shards[1].stat().st_mtime_ns
-    write_shards(tmp_path)
-    assert open_catalog(shards[:1], Fit((32,), 8)).made == made
-    assert shards[1].stat().st_mtime_ns == kept
-    write_shards(tmp_path, stage.GOOD)
-    assert open_catalog(shards, Fit((32,), 8)).made["vae"] != made["vae"]
+def test_a_second_demo_finds_its_data_done(recipe, tmp_path):
+    make_data(recipe, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    assert all(report.already_done for report in make_data(recipe, tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
 
 
 def test_a_folder_of_another_run_is_named_with_the_way_out(monkeypatch, tmp_path):
