@@ -26,6 +26,7 @@ from asymlift.stages.prepare_shard import Embedding, Picture, ShardMaker, plain_
 from asymlift.stages.prepare_work import Work, find_work, plan_for
 
 WEIGHED = 256  # pictures that the estimate is made from
+WEIGHED_FIRST = 32  # of those, to begin with: enough to cut shards of about the size
 ENCODED = 16  # of those; a latent's size follows from its picture's, an embedding's hardly varies
 MOST_LOOKED_AT = 1024  # where many cannot be used
 INDEX_BYTES = 16, 20  # in the index beside a shard: of a sample, and of each of its parts
@@ -138,12 +139,12 @@ class Job:
         form = {"image": use.image, "quality": use.quality, "batch": use.batch}
         return plan_for({**self.made, **form, **cut}, self.work)
 
-    def estimate(self) -> Estimate:
+    def estimate(self, at_least: int = WEIGHED) -> Estimate:
         """Make a few samples, and weigh them."""
         looked, bad = 0, list[BadSample]()
         encoded, weighed = list[Picture](), list[Weighed]()
-        while len(weighed) < WEIGHED and looked < min(MOST_LOOKED_AT, len(self.work)):
-            until = min(looked + WEIGHED, len(self.work))
+        while len(weighed) < at_least and looked < min(MOST_LOOKED_AT, len(self.work)):
+            until = min(looked + at_least, len(self.work))
             records = [self.work.record(place) for place in range(looked, until)]
             for picture in self.maker.pictures(records, bad.append):
                 encoded += [picture] if len(encoded) < ENCODED else []
@@ -181,7 +182,7 @@ class Job:
 
     def per_shard(self) -> int:
         """Samples per shard, by weight; refuses to begin what the disk cannot hold."""
-        found = self.estimate()
+        found = self.estimate(WEIGHED_FIRST)
         say(
             f"about {human_bytes(found.per_sample)} a sample, {human_bytes(found.total)} in all; "
             f"{human_bytes(found.free)} free"

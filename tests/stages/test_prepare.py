@@ -185,7 +185,7 @@ def test_the_catalog_opens_them_at_the_size_they_have(folder):
     recipe = recipe_for(folder)
     catalog = open_catalog(str(folder / "out"), fit_of(recipe.data.resize, 8))
     made = catalog.made
-    assert made["family"] == "flux2-klein" or made["family"]
+    assert made["family"] == "flux2"
     assert made["resize"] == recipe.data.resize.model_dump()
     assert (made["latents"], made["text"]) == ("float16", "bfloat16")
     assert made["vae"].startswith("sha256:") and made["text encoders"].startswith("sha256:")
@@ -801,7 +801,7 @@ def test_the_estimate_is_within_a_tenth_of_what_is_written(tmp_path):
         (source / f"{number:03d}.jpg").write_bytes(encoded(picture, "JPEG", quality=95))
         lines = ["a red disc on blue with letter A"] * (1 + number % 3)
         (source / f"{number:03d}.txt").write_text("\n".join(lines))
-    data = {"resize": {"sides": [32, 64], "max_aspect": 2.5}, "caption": {"lines": True}}
+    data = {"resize": {"sides": [32, 64], "max_aspect": 1.6}, "caption": {"lines": True}}
     recipe = recipe_for(tmp_path, data=data, shard_samples=100)
     found = estimate_prepare(recipe)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
@@ -810,7 +810,7 @@ def test_the_estimate_is_within_a_tenth_of_what_is_written(tmp_path):
     assert found.num_pictures == 300
     assert abs(found.total / written - 1) < 0.1
     assert abs(sum(found.bytes_per_sample.values()) / found.per_sample - 1) < 1e-9
-    assert report.num_samples < 300  # some are left out, which the estimate knew
+    assert report.num_samples < 240  # many are left out, which the estimate knew
 
 
 def test_samples_per_shard_follow_from_their_weight(folder, tmp_path):
@@ -825,11 +825,11 @@ def test_samples_per_shard_follow_from_their_weight(folder, tmp_path):
 
 def test_nothing_is_estimated_from_pictures_that_all_fail(tmp_path, monkeypatch):
     """Not more are looked at than it takes."""
-    monkeypatch.setattr(prepare_job_module, "WEIGHED", 4)
     monkeypatch.setattr(prepare_job_module, "MOST_LOOKED_AT", 8)
     make_folder(tmp_path / "source", 12)
+    job = prepare_job(recipe_for(tmp_path, data={"resize": {"sides": [128]}}))
     with pytest.raises(BadData, match="none of 8 pictures can be used"):
-        estimate_prepare(recipe_for(tmp_path, data={"resize": {"sides": [128]}}))
+        job.estimate(4)
 
 
 # ---- the command line ------------------------------------------------------------------------
