@@ -36,6 +36,11 @@ class BadSample(BadData):
         self.where, self.reason, self.detail = where, reason, detail
         self.count = count  # samples that are lost with it; more than one for a whole shard
 
+    @property
+    def place(self) -> str:
+        """Where and what exactly, for a list of those with one reason."""
+        return f"{self.where} ({self.detail})" if self.detail else self.where
+
 
 OnBad = Callable[[BadSample], None]
 

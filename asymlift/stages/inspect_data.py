@@ -32,10 +32,9 @@ from asymlift.recipe import ResizeSection
 from asymlift.report.contact_sheet import contact_sheet
 from asymlift.runtime.log import progress
 from asymlift.stages.inspected import SHOWN, Inspection, brief, some_of
-from asymlift.stages.open_data import by_reason, fit_of
+from asymlift.stages.open_data import by_reason, fit_of, lines_by_reason
 
 PICTURES = 64  # on a contact sheet
-NAMED = 3  # of the same kind
 WORKERS = 4
 RESIZE = ResizeSection()  # what a recipe that says nothing has
 FIT = fit_of(RESIZE, 1)  # patches of one pixel: no family is known here
@@ -174,14 +173,7 @@ def fitting(sources: Sequence[Source]) -> list[tuple[str, str]]:
 
 def wrong(catalog: Catalog) -> list[str]:
     """What is wrong, by reason, the most frequent first."""
-    groups = by_reason([*catalog.faults, *catalog.refused])
-    weights = {reason: sum(f.count for f in faults) for reason, faults in groups.items()}
-    lines = []
-    for reason in sorted(groups, key=lambda reason: -weights[reason]):
-        names = "; ".join(map(str, groups[reason][:NAMED]))
-        more = len(groups[reason]) - NAMED
-        lines.append(f"{weights[reason]} left out, {names}" + (f" and {more} more" * (more > 0)))
-    return lines[:SHOWN]
+    return lines_by_reason([*catalog.faults, *catalog.refused])[:SHOWN]
 
 
 def partial(catalog: Catalog, suffix: str, meaning: str) -> list[str]:

@@ -19,7 +19,7 @@ from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import progress, warn
 
 ALONE = Ranks(0, 1, 0)
-NAMED = 3  # of the same kind that are named on the screen
+NAMED = 2  # of one kind that are named on the screen
 
 
 def fit_of(resize: ResizeSection, patch: int) -> Fit:
@@ -94,16 +94,30 @@ def open_caches(data: DataSection, ranks: Ranks) -> Caches | None:
 
 def tell_what_is_left_out(catalog: Catalog) -> None:
     """A warning for each reason, with a few names."""
-    for reason, faults in by_reason([*catalog.faults, *catalog.refused]).items():
-        more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-        warn(f"left out, {reason}: {'; '.join(map(str, faults[:NAMED]))}{more}")
+    for line in lines_by_reason([*catalog.faults, *catalog.refused]):
+        warn(line)
+
+
+def lines_by_reason(faults: Sequence[BadSample]) -> list[str]:
+    """`3 left out, too small: a.png (20 x 20, ...), b.png (...) and 1 more`: the most first."""
+    lines = []
+    for reason, some in by_reason(faults).items():
+        names = ", ".join(fault.place for fault in some[:NAMED])
+        more = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""
+        lines.append(f"{weight(some)} left out, {reason}: {names}{more}")
+    return lines
 
 
 def by_reason(faults: Sequence[BadSample]) -> dict[str, list[BadSample]]:
+    """The faults of each reason, the reason that costs most samples first."""
     found: dict[str, list[BadSample]] = {}
     for fault in faults:
         found.setdefault(fault.reason, []).append(fault)
-    return found
+    return dict(sorted(found.items(), key=lambda item: -weight(item[1])))
+
+
+def weight(faults: Sequence[BadSample]) -> int:
+    return sum(fault.count for fault in faults)
 
 
 def check_origin(

@@ -94,9 +94,9 @@ def test_what_is_left_out_is_told_by_reason_with_a_few_names(tmp_path, monkeypat
     monkeypatch.setattr(stage, "warn", said.append)
     tell_what_is_left_out(open_data(str(tmp_path), section(), 8))
     empty, small = said
-    assert empty == f"left out, not a tar: {tmp_path}/b.tar: not a tar (an empty file)"
-    assert small.startswith(f"left out, too small: {tmp_path}/a.tar!a-1: too small (9 x 9")
-    assert small.count("too small (") == 3 and small.endswith(" and 2 more")
+    assert empty == f"6 left out, not a tar: {tmp_path}/b.tar (an empty file)"
+    assert small.startswith(f"5 left out, too small: {tmp_path}/a.tar!a-1 (9 x 9")
+    assert small.count("9 x 9") == 2 and small.endswith(" and 3 more")
 
 
 MADE = {"vae": "sha256:1", "resize": section().resize.model_dump()}
