@@ -31,6 +31,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/fit_basis.py
 	$(BIN)/python benchmarks/convert_memory.py
+	$(BIN)/python benchmarks/data_pipeline.py
 
 # Long figures of reliability.
 chaos: setup

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,6 +83,9 @@ class ExactFeed:
                 self.coming[wanted] = self.request(wanted)
         result = StepSamples(self.order.epoch_of(step))
         for micro_batch in self.coming.pop(step):
+            # One awakening for all: threads that work are slowed by those that are woken.
+            last = [reading.future for reading in micro_batch if reading][-1:]
+            wait(last, min(self.slow, self.patience))
             read = [reading and self.wait(reading) for reading in micro_batch]
             result.faults += [item for item in read if isinstance(item, BadSample)]
             result.micro_batches.append(

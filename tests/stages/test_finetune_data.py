@@ -96,7 +96,7 @@ def test_what_is_not_cached_is_made_while_training(
     assert found.digest == found.catalog.digest()
     record = found.catalog[0]
     if source == "caption":
-        read = found.reader(recipe.data).read(record)
+        read = found.reader().read(record)
         assert (read.text is not None) == (words and expected[0])
         assert (read.latent is not None) == latent
 
