@@ -1,7 +1,8 @@
 """How a finetune went: curves from metrics.jsonl, and its previews."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from asymlift.report.charts import line_chart
@@ -23,9 +24,17 @@ MEANINGS = {
 }
 
 
-def training_page(title: str, metrics: Sequence[dict[str, Any]], samples: Path) -> str:
-    """The whole page; `samples` holds the previews."""
+def training_page(
+    title: str,
+    metrics: Sequence[dict[str, Any]],
+    samples: Path,
+    left_out: Mapping[str, int] = {},
+) -> str:
+    """The whole page; `samples` holds the previews, `left_out` says why how many were not used."""
     sections = [("", summary(metrics)), *preview_sections(samples), *curve_sections(metrics)]
+    if left_out:
+        rows = table(list(left_out.items()), ("reason", "samples"))
+        sections.append(("Bad samples", rows + paragraph("logs/skipped-*.jsonl names them.")))
     return page(title, sections)
 
 
@@ -33,13 +42,15 @@ def summary(metrics: Sequence[dict[str, Any]]) -> str:
     if not metrics:
         return paragraph("No step has been taken yet.")
     last = metrics[-1]
-    seconds = sorted(line["seconds"] for line in metrics)[len(metrics) // 2]
+    seconds = median([line["seconds"] for line in metrics])
+    waiting = median([line["seconds_waiting_for_data"] for line in metrics])
     rows = [
         ("steps", last["step"]),
         ("samples", last["samples"]),
         ("epochs", last["epoch"]),
         ("loss at the end", last["loss"]),
         ("seconds per step, median", seconds),
+        ("of them waiting for data", waiting),
         ("bad samples, left out", last["bad_samples"]),
     ]
     return table(rows)

@@ -246,7 +246,8 @@ class Run:
 
     def write_page(self) -> None:
         lines = read_metrics(self.folder / "metrics.jsonl")
-        text = training_page(f"finetune {self.recipe.name}", lines, self.folder / "samples")
+        samples, reasons = self.folder / "samples", self.ledger.reasons
+        text = training_page(f"finetune {self.recipe.name}", lines, samples, reasons)
         write_bytes_atomically(self.folder / "finetune-report.html", text.encode())
 
     def one_step(

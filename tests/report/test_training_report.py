@@ -21,6 +21,7 @@ def line(step: int, **more: float) -> dict[str, float]:
         "samples": 8 * step,
         "bad_samples": 3,
         "seconds": float(step),
+        "seconds_waiting_for_data": step / 10,
         **more,
     }
 
@@ -47,8 +48,15 @@ def test_the_summary_is_the_last_line_and_the_median_time():
         ("epochs", "0.500"),
         ("loss at the end", "0.200"),
         ("seconds per step, median", "3.000"),
+        ("of them waiting for data", "0.300"),
         ("bad samples, left out", "3"),
     ]
+
+
+def test_bad_samples_are_counted_by_reason_and_a_run_without_any_has_no_section(tmp_path):
+    html = training_page("t", LINES, tmp_path, {"no image": 2, "shard is cut off": 1})
+    assert [("no image", "2"), ("shard is cut off", "1")] == cells(html)[-2:]
+    assert "Bad samples" in html and "Bad samples" not in training_page("t", LINES, tmp_path)
 
 
 def drawn(metrics, monkeypatch) -> dict[str, tuple[dict, bool]]:
