@@ -24,6 +24,7 @@ from asymlift.data.records import (
     CAPTION,
     FACTS,
     IMAGE_SUFFIXES,
+    MOST_BYTES,
     BadSample,
     OnBad,
     Part,
@@ -225,6 +226,8 @@ def image_part(
         raise BadSample(where, "not a JPEG, PNG or WebP image")
     if info.st_size == 0:
         raise BadSample(where, "empty file")
+    if info.st_size > MOST_BYTES:
+        raise BadSample(where, "file is too large", f"{info.st_size} bytes")
     return Part(path, 0, info.st_size)
 
 

@@ -26,6 +26,7 @@ CAPTION = ".txt"
 FACTS = ".json"
 LATENT = ".latent.safetensors"
 TEXT = ".text.safetensors"
+MOST_BYTES = 1 << 29  # of one part: it is read at once, and an uncompressed picture has 2^28
 
 
 class BadSample(BadData):

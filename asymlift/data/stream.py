@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from queue import Empty, Full, Queue
@@ -23,19 +23,28 @@ from urllib.parse import urlsplit, urlunsplit
 import torch
 
 from asymlift.data.ahead import read_ahead
-from asymlift.data.buckets import Fit, Refusal, place, whole_patches
+from asymlift.data.buckets import Fit, Refusal, buckets, place, whole_patches
 from asymlift.data.captions import Choice, chosen_caption
 from asymlift.data.feed import PATIENCE, SLOW, Check, StepSamples, read_sample
 from asymlift.data.order import generator
 from asymlift.data.reader import Reader
-from asymlift.data.records import CAPTION, IMAGE_SUFFIXES, LATENT, BadSample, Record, Sample, inline
-from asymlift.data.table import KNOWN, fault_in_name, picture_size
-from asymlift.data.tar import Damage, Member, StreamBlocks, scan
+from asymlift.data.records import LATENT, BadSample, OnBad, Record, Sample, inline
+from asymlift.data.table import (
+    KNOWN,
+    Gap,
+    Habit,
+    fault_in_member,
+    picture_size,
+    split_name,
+    two_images,
+)
+from asymlift.data.tar import CUT_OFF, Damage, Member, StreamBlocks, scan
+from asymlift.data.tar import shown as printable
 from asymlift.errors import BadData, Unavailable
 
 BUFFER_SAMPLES = 1000  # among which the next one is drawn
 BUFFER_BYTES = 1 << 28
-MOST_BYTES = 1 << 28  # of one member
+MOST_UNTOLD = 100  # bad samples that wait for a step to be told with
 STEPS_AHEAD = 2
 
 GUARANTEE = (
@@ -113,24 +122,24 @@ def opened(url: str) -> Iterator[BinaryIO]:
 # ---- samples of one shard ----------------------------------------------------------------------
 
 
-@dataclass
 class Streamed:
     """The samples of a stream, one by one, by the same rules as an index keeps."""
 
-    shard: str
-    on_bad: Callable[[BadSample], None]
-    usual: Counter[str] = field(default_factory=Counter)  # suffixes of the samples so far
-    seen: set[str] = field(default_factory=set)
-    key: str = ""
-    parts: dict[str, bytes] = field(default_factory=dict)
-    fault: tuple[str, str] | None = None
-    damage: Damage | None = None  # inside or behind the sample at hand
-    before: Damage | None = None  # in front of it
+    def __init__(self, shard: str, on_bad: OnBad) -> None:
+        self.shard, self.on_bad = shard, on_bad
+        self.habit = Habit()
+        self.seen: set[str] = set()
+        self.key: str | None = None
+        self.members: list[str] = []  # all suffixes of the sample at hand
+        self.parts: dict[str, bytes] = {}  # those that we know
+        self.fault: tuple[str, str] | None = None
+        self.gaps: list[Gap] = []
+        self.damage: Damage | None = None  # since the last member
 
     def records(self, stream: BinaryIO) -> Iterator[Record]:
         blocks = StreamBlocks(stream)
         for member in scan(blocks, self.note_damage):
-            key = member.name.partition(".")[0]
+            key, _ = split_name(member.name)
             if key != self.key:
                 yield from self.finished()
                 self.begin(key)
@@ -138,57 +147,51 @@ class Streamed:
         yield from self.finished()
 
     def note_damage(self, damage: Damage) -> None:
+        self.on_bad(BadSample(self.shard, damage.reason, damage.detail))
+        self.gaps.append((len(self.members), damage))
         self.damage = damage
-        if not damage.name:
-            self.on_bad(BadSample(self.shard, damage.reason, damage.detail))
 
     def begin(self, key: str) -> None:
-        self.key, self.parts, self.fault = key, {}, None
-        if key in self.seen:
-            self.fault = ("duplicate key", "")
+        self.key, self.members, self.parts = key, [], {}
+        self.gaps = [(0, self.damage)] if self.damage else []
+        self.fault = ("duplicate key", "") if key and key in self.seen else None
         self.seen.add(key)
 
     def add(self, member: Member, blocks: StreamBlocks) -> None:
-        suffix = f".{member.name.partition('.')[2].lower()}"
-        fault = fault_in_name(member.name)
-        if fault is None and not member.plain:
-            fault = ("not a plain file", member.name)
-        elif fault is None and suffix in self.parts:
-            fault = ("duplicate suffix", suffix)
-        elif fault is None and member.size == 0 and suffix != CAPTION:
-            fault = ("empty member", suffix)
-        elif fault is None and member.size > MOST_BYTES:
-            fault = ("member is too large", f"{suffix}, {member.size} bytes")
-        self.fault = self.fault or fault
+        _, suffix = split_name(member.name)
+        others, self.damage = self.members, None
+        fault = fault_in_member(member.name, member.size, plain=member.plain, others=others)
         if suffix in KNOWN and fault is None:
             data = blocks.read(member.offset, member.size)
             if len(data) < member.size:
-                self.fault = ("shard is cut off", f"{member.size} bytes of {suffix} expected")
+                fault = CUT_OFF, f"{member.size} bytes of {suffix} expected"
             self.parts[suffix] = data
+        self.members.append(suffix)
+        self.fault = self.fault or fault
 
     def finished(self) -> Iterator[Record]:
         """The sample at hand, if it can be used."""
-        if not self.key:
+        if self.key is None:
             return
-        images = [suffix for suffix in IMAGE_SUFFIXES if suffix in self.parts]
-        expected = {s for s, n in self.usual.items() if n > len(self.seen) / 2}
-        if self.fault is None and len(images) > 1:
-            self.fault = ("two images", ", ".join(images))
-        damage = self.damage or self.before
-        if self.fault is None and damage and (lost := expected - self.parts.keys()):
-            self.fault = (damage.reason, f"{', '.join(sorted(lost))} lost")
-        self.before, self.damage = self.damage, None
-        self.usual.update(self.parts.keys())
-        where = f"{self.shard}!{self.key if self.key.isprintable() else ascii(self.key)}"
-        if self.fault is not None:
-            self.on_bad(BadSample(where, *self.fault))
+        fault = (
+            self.fault
+            or self.habit.fault_beside_damage(self.members, self.gaps)
+            or two_images(self.members)
+        )
+        if not self.gaps:
+            self.habit.note(dict.fromkeys(self.members))
+        name = self.key or "".join(self.members[:1])
+        where = f"{self.shard}!{printable(name)}"
+        if fault is not None:
+            self.on_bad(BadSample(where, *fault))
             return
-        width, height = 0, 0
-        if images:
-            data = self.parts[images[0]]
-            width, height = picture_size(lambda count: data[:count], len(data))
         parts = {suffix: inline(data) for suffix, data in self.parts.items()}
-        yield Record(self.key, where, parts, width, height)
+        record = Record(self.key, where, parts, 0, 0)
+        if record.image_suffix is not None:
+            data = self.parts[record.image_suffix]
+            width, height = picture_size(lambda count: data[:count], len(data))
+            record = replace(record, width=width, height=height)
+        yield record
 
 
 # ---- one rank's samples ------------------------------------------------------------------------
@@ -206,7 +209,7 @@ class Stream:
         world: int,
         seed: int,
         first_step: int,
-        on_bad: Callable[[BadSample], None],
+        on_bad: OnBad,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         if len(urls) < world:
@@ -216,6 +219,7 @@ class Stream:
         self.urls, self.fit, self.on_bad, self.on_note = list(urls), fit, on_bad, on_note
         self.refused: Counter[str] = Counter()  # sound pictures of unusable size, by reason
         self.rank, self.world, self.seed, self.first_step = rank, world, seed, first_step
+        self.num_whole, self.usual_samples = 0, 0.0  # shards read to their end; what they hold
 
     def records(self) -> Iterator[tuple[int, Record]]:
         """(pass, record), shuffled in a buffer."""
@@ -250,19 +254,38 @@ class Stream:
 
     def shard(self, url: str) -> Iterator[Record]:
         """Its samples with the size that the model sees."""
+        name, found = shown(url), 0
+        broken: list[BadSample] = []  # what is wrong with the shard itself
+
+        def note(fault: BadSample) -> None:
+            nonlocal found
+            if fault.where == name:
+                broken.append(fault)
+            else:
+                found += 1
+                self.on_bad(fault)
+
         try:
             with opened(url) as stream:
-                for record in Streamed(shown(url), self.on_bad).records(stream):
-                    found = self.target(record)
-                    if isinstance(found, Refusal):
-                        self.refuse(record, found)
+                for record in Streamed(name, note).records(stream):
+                    found += 1
+                    target = self.target(record)
+                    if isinstance(target, Refusal):
+                        self.refuse(record, target)
                     else:
-                        yield replace(record, target=found)
+                        yield replace(record, target=target)
         except BadSample as fault:
-            self.on_bad(fault)
+            broken.append(fault)
         except OSError as error:
-            said = error.strerror or type(error).__name__
-            self.on_bad(BadSample(shown(url), "shard cannot be read", said))
+            said = error.strerror or str(error) or type(error).__name__
+            broken.append(BadSample(name, "shard cannot be read", said))
+        if broken:
+            broken[0].count = max(round(self.usual_samples) - found, 1)
+            for one in broken:
+                self.on_bad(one)
+        else:
+            self.num_whole += 1
+            self.usual_samples += (found - self.usual_samples) / self.num_whole
 
     def refuse(self, record: Record, refusal: Refusal) -> None:
         if not self.refused[refusal.reason]:
@@ -290,7 +313,7 @@ class StreamFeed:
 
     def __init__(
         self,
-        stream: Callable[[Callable[[BadSample], None]], Stream],
+        stream: Callable[[OnBad], Stream],
         reader: Reader,
         *,
         micro_batch: int,
@@ -344,9 +367,12 @@ class StreamFeed:
     def micro_batches(self) -> Iterator[tuple[int, tuple[int, int], list[Sample | None]]]:
         """As soon as there are enough samples of one size."""
         waiting: dict[tuple[int, int], list[Sample | None]] = {}
+        some_size = min(size for sizes in buckets(self.stream.fit).values() for size in sizes)
         for epoch, read in read_ahead(self.read, self.stream.records(), self.workers):
             if isinstance(read, BadSample):
                 self.faults.append(read)
+                if len(self.faults) > max(MOST_UNTOLD, self.micro_batch * self.accumulation):
+                    yield epoch, some_size, [None] * self.micro_batch  # a step to tell them with
                 continue
             height, width = read.image.shape[-2:]
             some = waiting.setdefault((height, width), [])

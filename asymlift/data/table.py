@@ -9,7 +9,7 @@ import os
 import secrets
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from asymlift.data.records import (
     FACTS,
     IMAGE_SUFFIXES,
     LATENT,
+    MOST_BYTES,
     TEXT,
     BadSample,
     Part,
@@ -43,6 +44,7 @@ HEADER_BYTES = 1 << 16  # of an image: enough to know its size, if it is not a s
 
 Ints = NDArray[Any]
 Span = tuple[int, int]
+Gap = tuple[int, Damage]  # behind so many members of a sample
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Gathering:
         self.found: dict[str, dict[str, Span]] = {}
         self.wrong: dict[str, tuple[str, str]] = {}  # key -> the first thing wrong with it
         self.faults: list[BadSample] = []  # of the shard itself
-        self.suspects: dict[str, Damage] = {}  # samples beside damage
+        self.gaps: dict[str, list[Gap]] = {}  # of samples beside damage
         self.last = ""
         self.damage: Damage | None = None
 
@@ -180,40 +182,32 @@ class Gathering:
             return
         self.faults.append(BadSample(self.shard, damage.reason, damage.detail))
         if self.last:
-            self.suspects.setdefault(self.last, damage)
+            self.gaps.setdefault(self.last, []).append((len(self.found[self.last]), damage))
         self.damage = damage
 
     def add(self, name: str, span: Span, *, plain: bool = True) -> None:
-        key, rest = split_name(name)
-        suffix = f".{rest.lower()}"
+        key, suffix = split_name(name)
         members = self.found.setdefault(key, {})
         if self.damage is not None:
-            self.suspects.setdefault(key, self.damage)
+            self.gaps.setdefault(key, []).append((len(members), self.damage))
             self.damage = None
-        fault = fault_in_name(name) or (None if plain else ("not a plain file", name))
-        if fault is None and members and key != self.last:
-            fault = ("duplicate key", "the members of a sample must follow each other")
-        if fault is None and suffix in members:
-            fault = ("duplicate suffix", suffix)
-        if fault is None and span[1] == 0 and suffix != CAPTION:
-            fault = ("empty member", suffix)
+        fault = fault_in_member(name, span[1], plain=plain, others=members)
+        if key and members and key != self.last:
+            fault = "duplicate key", "the members of a sample must follow each other"
         if fault is not None:
             self.wrong.setdefault(key or name, fault)
         members[suffix] = span
         self.last = key
 
     def finished(self) -> tuple[dict[str, dict[str, Span]], list[BadSample]]:
-        sound = [members for key, members in self.found.items() if key not in self.suspects]
-        usual = Counter(suffix for members in sound for suffix in members)
-        expected = {s for s, count in usual.items() if count > len(sound) / 2 and s in KNOWN}
-        for key, damage in self.suspects.items():
-            if lost := expected - self.found[key].keys():
-                detail = f"{', '.join(sorted(lost))} lost, {damage.detail}"
-                self.wrong.setdefault(key, (damage.reason, detail))
+        habit = Habit()
         for key, members in self.found.items():
-            images = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
-            if len(images) > 1:
-                self.wrong.setdefault(key, ("two images", ", ".join(images)))
+            if key not in self.gaps:
+                habit.note(members)
+        for key, members in self.found.items():
+            gaps = self.gaps.get(key, [])
+            if fault := habit.fault_beside_damage(members, gaps) or two_images(members):
+                self.wrong.setdefault(key, fault)
         named = [
             BadSample(f"{self.shard}!{shown(key)}", *fault) for key, fault in self.wrong.items()
         ]
@@ -221,11 +215,71 @@ class Gathering:
         return usable, self.faults + named
 
 
+class Habit:
+    """Which parts samples have, and in which order, to tell what damage took from others."""
+
+    def __init__(self) -> None:
+        self.orders = Counter[tuple[str, ...]]()
+
+    def note(self, members: Iterable[str]) -> None:
+        self.orders[tuple(members)] += 1
+
+    def fault_beside_damage(
+        self, members: Collection[str], gaps: Sequence[Gap]
+    ) -> tuple[str, str] | None:
+        """What a sample has lost; nothing where it only lacks what others have elsewhere."""
+        for place, damage in gaps:
+            if lost := self.lost(list(members), place):
+                return damage.reason, f"{', '.join(lost)} lost, {damage.detail}"
+        return None
+
+    def lost(self, members: Sequence[str], place: int) -> list[str]:
+        """The parts that most samples have, and that may have stood behind so many members."""
+        counts = Counter[str]()
+        for order, count in self.orders.items():
+            counts.update(dict.fromkeys(order, count))
+        usual = {s for s, n in counts.items() if n > self.orders.total() / 2 and s in KNOWN}
+        return sorted(
+            suffix
+            for suffix in usual.difference(members)
+            if not any(self.is_before(suffix, other) for other in members[:place])
+            and not any(self.is_before(other, suffix) for other in members[place:])
+        )
+
+    def is_before(self, first: str, second: str) -> bool:
+        """Whether wherever there are both they stand in this order."""
+        found = [o.index(first) < o.index(second) for o in self.orders if {first, second} <= {*o}]
+        return bool(found) and all(found)
+
+
 def split_name(name: str) -> tuple[str, str]:
-    """(key, the rest) of a member; folders belong to the key, whatever dots are in them."""
+    """(key, suffix) of a member; folders belong to the key, whatever dots are in them."""
     folder, slash, base = name.rpartition("/")
     stem, _, rest = base.partition(".")
-    return folder + slash + stem, rest
+    return folder + slash + stem, f".{rest.lower()}"
+
+
+def fault_in_member(
+    name: str, size: int, *, plain: bool, others: Container[str]
+) -> tuple[str, str] | None:
+    """What is wrong with a member, beside others of its sample."""
+    _, suffix = split_name(name)
+    if fault := fault_in_name(name):
+        return fault
+    if not plain:
+        return "not a plain file", name
+    if suffix in others:
+        return "duplicate suffix", suffix
+    if size == 0 and suffix != CAPTION:
+        return "empty member", suffix
+    if size > MOST_BYTES and suffix in KNOWN:
+        return "member is too large", f"{suffix}, {size} bytes"
+    return None
+
+
+def two_images(members: Container[str]) -> tuple[str, str] | None:
+    images = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+    return ("two images", ", ".join(images)) if len(images) > 1 else None
 
 
 def fault_in_name(name: str) -> tuple[str, str] | None:

@@ -142,6 +142,15 @@ def test_empty_images_are_reported(tmp_path):
     assert (fault.where, fault.reason) == (str(tmp_path / "b.png"), "empty file")
 
 
+def test_a_picture_that_would_fill_the_memory_is_reported(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    with (tmp_path / "b.png").open("r+b") as file:
+        file.truncate(10**12)  # sparse: it takes no space
+    listing, (fault,) = listed(tmp_path)
+    assert sources(listing) == ["a.png"]
+    assert (fault.where, fault.reason) == (str(tmp_path / "b.png"), "file is too large")
+
+
 def test_a_strict_caller_stops_at_the_first_fault(tmp_path):
     fill(tmp_path, **{"b.png": b""})
     with pytest.raises(BadSample, match=r"b\.png: empty file"):

@@ -1,6 +1,7 @@
 import io
 import random
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -15,8 +16,10 @@ from asymlift.data.feed import StepSamples
 from asymlift.data.reader import Reader
 from asymlift.data.records import BadSample, Sample
 from asymlift.data.stream import Stream, Streamed, StreamFeed, expand_urls, opened, shown
+from asymlift.data.table import index_shard
 from asymlift.data.writer import write_shard
 from asymlift.errors import BadData, Unavailable
+from tests.data.small_shards import PNG, overwrite, raw_tar
 from tests.reliability import difficult
 
 FIT = Fit(sides=(32,), patch=8)
@@ -129,6 +132,56 @@ def test_a_stream_finds_what_an_index_finds(corpus):
         assert {f.reason for f in faults} == {f.reason for f in table.faults}, path
 
 
+def by_index_and_stream(path: Path) -> list[tuple[set[str], set[tuple[str, str]]]]:
+    """(keys, what is wrong with which sample), found in both ways."""
+    faults: list[BadSample] = []
+    with opened(str(path)) as stream:
+        keys = {record.key for record in Streamed(str(path), faults.append).records(stream)}
+    table = index_shard(path)
+    return [
+        (set(table.keys()), {(f.where, f.reason) for f in table.faults}),
+        (keys, {(f.where, f.reason) for f in faults}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.png", "../../etc/x.tar.png", "a.b/c.png", ".hidden", "plain", "x\x1b.png"]
+)
+def test_names_mean_the_same_in_a_stream_and_in_an_index(tmp_path, name):
+    members = [("a.png", PNG), (name, PNG), ("z.png", PNG)]
+    one, other = by_index_and_stream(raw_tar(tmp_path / "a.tar", members))
+    assert one == other
+    assert one[0] == {"a", "z"} and len(one[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        # what stands on either side of damage, where others have .json, .png and .txt
+        ("json png txt", "json png txt", {"before", "after"}),
+        ("png txt", "json png txt", {"before", "after"}),  # a .json would stand in front
+        ("json png txt", "json png", {"before", "after"}),  # a .txt would stand behind
+        ("json png", "json png txt", {"after"}),
+        ("json png txt", "png txt", {"before"}),
+        ("json png txt", "json txt", {"before", "after"}),  # its .png would stand between
+        ("png", "txt", set()),
+    ],
+)
+def test_beside_damage_a_sample_is_lost_that_may_have_held_more(tmp_path, before, after, kept):
+    def sample(key, suffixes):
+        return [(f"{key}.{s}", PNG if s == "png" else b"{}") for s in suffixes.split()]
+
+    whole = [m for n in range(5) for m in sample(f"{n}", "json png txt")]
+    members = [*whole, *sample("before", before), ("x.txt", b"x"), *sample("after", after)]
+    path = raw_tar(tmp_path / "a.tar", members)
+    with tarfile.open(path) as tar:
+        overwrite(path, tar.getmember("x.txt").offset, bytes(512))
+    for keys, faults in by_index_and_stream(path):
+        assert keys == {*map(str, range(5)), *kept}
+        assert len(faults) == 1 + 2 - len(kept)
+        assert {reason for _, reason in faults} == {"shard is damaged"}
+
+
 def test_what_is_read_from_a_stream_is_what_is_read_by_position(corpus):
     path = next(Path(p) for p in corpus.paths if Path(p).is_file())
     catalog = Catalog([indexed(path)], FIT)
@@ -158,6 +211,28 @@ def test_shards_without_a_usable_sample_end_the_run(tmp_path):
         take(1, [str(tmp_path / "a.tar")])
 
 
+@pytest.mark.parametrize("gone", ["none.tar", "cut.tar", "pipe:false it"])
+def test_a_lost_shard_weighs_as_much_as_the_others_hold(shards, tmp_path, gone):
+    (tmp_path / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:300])
+    faults: list[BadSample] = []
+    stream = Stream(["x"], FIT, rank=0, world=1, seed=0, first_step=0, on_bad=faults.append)
+    for url in [*shards, gone if gone.startswith("pipe:") else str(tmp_path / gone)]:
+        assert len(list(stream.shard(url))) in (0, 10)
+    assert faults[0].count == 10
+
+
+def test_samples_that_are_all_bad_are_told_all_the_same(tmp_path, monkeypatch):
+    """Or they would wait for a step that never comes."""
+    monkeypatch.setattr("asymlift.data.stream.MOST_UNTOLD", 7)
+    members = [(f"{n}.png", PNG[:45]) for n in range(5)]
+    with feed([str(raw_tar(tmp_path / "a.tar", members))]) as open_feed:
+        for _ in range(3):
+            step = open_feed.step(0)
+            assert step.micro_batches == [[None] * 2] * 2 and len(step.sizes) == 2
+            assert len(step.faults) > 1
+            assert {fault.reason for fault in step.faults} == {"image cannot be decoded"}
+
+
 def test_pictures_of_unusable_size_are_told_once_and_not_counted_as_bad(tmp_path):
     told: list[str] = []
     write_shard(tmp_path / "a.tar", [*samples(0, 5, (16, 16)), *samples(5, 8)])
@@ -185,8 +260,8 @@ def test_a_stream_that_brings_nothing_is_named_and_given_up(monkeypatch, shards)
 
 
 def test_a_member_larger_than_memory_allows_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("asymlift.data.stream.MOST_BYTES", 1000)
     write_shard(tmp_path / "a.tar", samples(0, 2))
+    monkeypatch.setattr("asymlift.data.table.MOST_BYTES", 1000)
     faults: list[BadSample] = []
     with opened(str(tmp_path / "a.tar")) as stream:
         assert not list(Streamed("a", faults.append).records(stream))
@@ -265,8 +340,6 @@ def test_patterns_stand_for_many():
 def test_random_bytes_neither_crash_nor_hang():
     draw = random.Random(0)
     path_bytes = io.BytesIO()
-    import tarfile
-
     with tarfile.open(fileobj=path_bytes, mode="w") as tar:
         for index in range(20):
             member = tarfile.TarInfo(f"{index:03d}.txt")

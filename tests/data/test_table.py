@@ -115,6 +115,21 @@ FAULTS = {
 }
 
 
+def test_a_part_that_would_fill_the_memory_is_refused_and_never_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "MOST_BYTES", 1000)
+    members = [
+        ("bad.json", b" " * 2000),
+        ("bad.png", PNG),
+        ("good.png", PNG),
+        ("good.bin", b"x" * 2000),
+    ]
+    found = index_shard(raw_tar(tmp_path / "a.tar", members))
+    assert found.keys() == ["good"]
+    assert [str(f) for f in found.faults] == [
+        f"{tmp_path}/a.tar!bad: member is too large (.json, 2000 bytes)"
+    ]
+
+
 @pytest.mark.parametrize("reason", FAULTS)
 def test_a_wrong_sample_is_left_out_and_reported(tmp_path, reason):
     found = index_shard(raw_tar(tmp_path / "a.tar", FAULTS[reason]))
