@@ -7,7 +7,7 @@ deepspeed), with the same command line.
 import atexit
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -35,24 +35,45 @@ class Ranks:
 
 def discover() -> Ranks:
     """Read the launcher's variables; without a launcher there is one rank."""
-    try:
-        ranks = Ranks(*(int(os.environ.get(key, default)) for key, default in VARIABLES))
-    except ValueError:
-        given = ", ".join(f"{key}={os.environ.get(key)}" for key, _ in VARIABLES)
-        raise UserError(f"the launcher's variables are no numbers: {given}") from None
-    tasks = [os.environ.get(key, "1") for key in OTHER_LAUNCHERS]
+    ranks = ranks_from(VARIABLES)
+    tasks = [os.environ.get(size, "1") for _, size, _ in OTHER_LAUNCHERS]
     if "RANK" not in os.environ and any(count != "1" for count in tasks):
         raise UserError(
             f"a launcher started {max(tasks)} tasks, but RANK is not set: each would run alone. "
             "Start with torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
         )
-    if not 0 <= ranks.rank < ranks.world:
-        raise UserError(f"RANK={ranks.rank} is not below WORLD_SIZE={ranks.world}")
     return ranks
 
 
-OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+def discover_tasks() -> Ranks:
+    """Likewise for work that needs no process group: what srun and mpirun say is enough."""
+    for names in OTHER_LAUNCHERS:
+        if "RANK" not in os.environ and os.environ.get(names[1], "1") != "1":
+            task = ranks_from(names)
+            # Each may have been given a GPU of its own, or share one: nothing waits for another.
+            return replace(task, local=task.local % max(torch.cuda.device_count(), 1))
+    return discover()
+
+
+def ranks_from(names: tuple[str, str, str]) -> Ranks:
+    """From the variables that say rank, number of ranks and rank on this machine."""
+    rank, size, _ = names
+    try:
+        values = (int(os.environ.get(n, d)) for n, d in zip(names, "010", strict=True))
+        ranks = Ranks(*values)
+    except ValueError:
+        given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise UserError(f"the launcher's variables are no numbers: {given}") from None
+    if not 0 <= ranks.rank < ranks.world:
+        raise UserError(f"{rank}={ranks.rank} is not below {size}={ranks.world}")
+    return ranks
+
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+OTHER_LAUNCHERS = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
 
 
 def device_for(ranks: Ranks) -> torch.device:

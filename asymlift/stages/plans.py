@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from asymlift.recipe import Recipe
 from asymlift.report.basis_report import BasisReport
 from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
-from asymlift.runtime.dist import Ranks
 from asymlift.runtime.signals import stop_requests
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
 from asymlift.stages.finetune import FinetuneReport, accumulation_for, finetune
@@ -48,7 +46,7 @@ from asymlift.stages.sample_folder import Weights
 
 
 def run_prepare(recipe: Recipe, share: Share, *, overwrite: bool = False) -> PrepareReport:
-    quiet_unless_first(dist.discover())
+    quiet_unless_first(dist.discover_tasks())
     return prepare(prepare_job(recipe), share, overwrite=overwrite)
 
 
@@ -60,8 +58,7 @@ def prepare_job(recipe: Recipe) -> Job:
     settings_of(recipe)
     base = base_folder(recipe)
     family, geometry = family_of(recipe, base)
-    device = dist.device_for(Ranks(0, 1, int(os.environ.get("LOCAL_RANK", "0"))))
-    return Job(recipe, base, family, geometry, device)
+    return Job(recipe, base, family, geometry, dist.device_for(dist.discover_tasks()))
 
 
 def share_for(number: int | None, of: int | None) -> Share:
@@ -69,7 +66,7 @@ def share_for(number: int | None, of: int | None) -> Share:
     if (number is None) != (of is None):
         raise BadRecipe("--shard-index and --num-shards belong together")
     if number is None or of is None:
-        ranks = dist.discover()
+        ranks = dist.discover_tasks()
         return Share(ranks.rank, ranks.world, together=ranks.world > 1)
     if not 0 <= number < of:
         raise BadRecipe(f"--shard-index {number}: must be from 0 to {of - 1} (--num-shards {of})")
@@ -431,7 +428,7 @@ DESCRIPTIONS: dict[type[Any], Callable[[Any], Sequence[str]]] = {
 
 def finish(report: Any, next_command: str | None, *, as_json: bool) -> None:
     """Print a report, as lines or as JSON, and what to run next."""
-    if report is None or int(os.environ.get("RANK", "0")) > 0:
+    if report is None or not dist.discover_tasks().first:
         return
     if as_json:
         log.print_json(dataclasses.asdict(report))

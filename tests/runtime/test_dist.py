@@ -1,5 +1,7 @@
 """Ranks are what the launcher says; what it cannot mean is refused. Groups: test_engine.py."""
 
+from itertools import chain
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in NAMES:
+    for name in (*NAMES, *chain(*dist.OTHER_LAUNCHERS)):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -87,13 +89,39 @@ def test_alone_everything_is_already_agreed_on():
 @pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_a_launcher_that_does_not_set_rank_is_refused(monkeypatch, variable):
     """Each of its tasks would take itself for the only one, in the same folder."""
-    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(variable, "4")
 
     with pytest.raises(UserError, match="started 4 tasks, but RANK is not set"):
         dist.discover()
     monkeypatch.setenv("RANK", "0")
     assert dist.discover().world == 1
+
+
+@pytest.mark.parametrize("names", dist.OTHER_LAUNCHERS)
+def test_work_without_a_process_group_takes_its_share_from_any_launcher(monkeypatch, names):
+    assert dist.discover_tasks() == Ranks(0, 1, 0)
+    for name, value in zip(names, ("2", "4", "2"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert dist.discover_tasks() == Ranks(2, 4, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # bound to the task, or the only one
+    assert dist.discover_tasks() == Ranks(2, 4, 0)
+    launched(monkeypatch, "1", "3", "0")
+    assert dist.discover_tasks() == Ranks(1, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (("4", "4"), "SLURM_PROCID=4 is not below SLURM_STEP_NUM_TASKS=4"),
+        (("x", "4"), "no numbers: SLURM_PROCID=x, SLURM_STEP_NUM_TASKS=4, SLURM_LOCALID=None"),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused_by_their_own_names(monkeypatch, values, message):
+    monkeypatch.setenv("SLURM_PROCID", values[0])
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", values[1])
+    with pytest.raises(UserError, match=message):
+        dist.discover_tasks()
 
 
 def test_alone_what_one_rank_does_is_what_all_do():

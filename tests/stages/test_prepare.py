@@ -903,6 +903,26 @@ def test_a_launcher_gives_each_rank_its_share(monkeypatch):
     assert share_for(None, None) == Share(1, 2, together=True)
 
 
+def test_tasks_of_srun_share_the_work_and_one_of_them_speaks(
+    folder, recipe_file, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    other = command(recipe_file, "--json")
+    assert (other.exit_code, other.stdout) == (0, "")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    first = command(recipe_file, "--json")
+    assert json.loads(first.stdout)["num_samples"] == 20
+    assert content(tmp_path / "out") == content(folder / "out")
+
+
+def test_a_share_that_is_given_counts_more_than_the_launcher(recipe_file, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    part = command(recipe_file, "--json", "--shard-index", 1, "--num-shards", 3)
+    assert json.loads(part.stdout)["num_made"] == 1
+
+
 # ---- other processes -------------------------------------------------------------------------
 
 
