@@ -65,7 +65,10 @@ def expand(patterns: Patterns) -> Named:
     shards, listings = list[Path](), list[Path]()
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
         if "://" in str(pattern) or str(pattern).startswith("pipe:"):
-            raise BadData(f"{pattern}: only files can be read in any order; set data.mode: stream")
+            raise BadData(
+                f"{pattern}: only files can be read in any order; `asymlift finetune` takes others "
+                "with data.mode: stream, every other command needs some shards as files"
+            )
         try:
             names = [str(pattern)] if Path(pattern).exists() else list(braceexpand(str(pattern)))
         except ValueError as error:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Ints = NDArray[Any]
 
+# (each size's samples, shuffled; (size, start) of every batch, shuffled)
+Plan = tuple[list[Ints], Ints]
+
 EMPTY = -1  # a slot without a sample: it computes, and weighs nothing
 
 
@@ -35,8 +38,7 @@ class Order:
         self.sizes, which = np.unique(sizes, axis=0, return_inverse=True)
         self.members = [np.flatnonzero(which.reshape(-1) == n) for n in range(len(self.sizes))]
         self.steps_per_epoch = sum(-(-len(members) // batch) for members in self.members)
-        self._epoch = -1
-        self._plan: tuple[list[Ints], Ints] = ([], np.zeros((0, 2), np.int64))
+        self._plans: dict[int, Plan] = {}
 
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
@@ -54,9 +56,9 @@ class Order:
         first, second = self.sizes[batches[step % self.steps_per_epoch, 0]]
         return int(first), int(second)
 
-    def plan(self, epoch: int) -> tuple[list[Ints], Ints]:
-        """(each size's samples, shuffled; (size, start) of every batch, shuffled)."""
-        if epoch != self._epoch:
+    def plan(self, epoch: int) -> Plan:
+        """Kept for two epochs: near the end of one, steps of the next are asked for."""
+        if epoch not in self._plans:
             draw = generator(self.seed, "order", epoch)
             shuffled = [some[permutation(len(some), draw)] for some in self.members]
             batches = np.array(
@@ -66,9 +68,12 @@ class Order:
                     for start in range(0, len(some), self.batch)
                 ]
             )
-            self._plan = (shuffled, batches[permutation(len(batches), draw)])
-            self._epoch = epoch
-        return self._plan
+            last = list(self._plans.items())[-1:]
+            self._plans = {
+                **dict(last),
+                epoch: (shuffled, batches[permutation(len(batches), draw)]),
+            }
+        return self._plans[epoch]
 
 
 def permutation(count: int, draw: torch.Generator) -> Ints:

@@ -101,6 +101,14 @@ class Reader:
 
     def captions(self, record: Record, facts: dict[str, Any]) -> list[str]:
         """What the picture is trained with: at least one; "" where there is no caption."""
+        captions = self.stored_captions(record, facts)
+        try:
+            "".join(captions).encode()
+        except UnicodeEncodeError:  # JSON can spell half a character
+            raise BadSample(record.where, "caption is not UTF-8") from None
+        return captions
+
+    def stored_captions(self, record: Record, facts: dict[str, Any]) -> list[str]:
         if self.prompt != "caption":
             if facts.get(self.prompt) is None:
                 raise BadSample(record.where, "no class label", f"no `{self.prompt}` in the facts")

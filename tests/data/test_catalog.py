@@ -91,7 +91,7 @@ def test_what_is_not_there_is_named(tmp_path, pattern, message):
 
 @pytest.mark.parametrize("pattern", ["pipe:rm -rf .", "https://example.org/0.tar", "hf://x/0.tar"])
 def test_nothing_is_run_or_downloaded(pattern):
-    with pytest.raises(BadData, match=r"in any order; set data\.mode: stream"):
+    with pytest.raises(BadData, match=r"in any order; .* data\.mode: stream, .* as files"):
         expand(pattern)
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from asymlift.data import order as order_module
 from asymlift.data.order import EMPTY, Order, derive, generator, share_of
 
 SIZES = np.array([(32, 32)] * 23 + [(32, 48)] * 10 + [(48, 32)] * 1)
@@ -31,6 +32,17 @@ def test_any_step_can_be_asked_for_first():
     sequence = [straight.slots(step) for step in range(20)]
     for step in (17, 3, 11):
         assert Order(SIZES, batch=8, seed=3).slots(step) == sequence[step]
+
+
+def test_an_epoch_is_shuffled_once_however_steps_at_its_border_are_asked_for(monkeypatch):
+    made = []
+    shuffle = order_module.permutation
+    monkeypatch.setattr(order_module, "permutation", lambda *how: made.append(how) or shuffle(*how))
+    order = Order(SIZES, batch=8, seed=0)
+    for step in range(2 * order.steps_per_epoch):
+        order.slots(step + 2)  # read ahead
+        order.size(step)
+    assert len(made) == 3 * (len(order.members) + 1)
 
 
 def test_epochs_and_seeds_differ():

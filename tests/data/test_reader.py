@@ -130,6 +130,17 @@ def test_a_caption_is_text_without_a_byte_order_mark_and_margins():
     assert Reader().captions(record_of({}), {}) == [""]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "facts"),
+    [("caption", {"captions": ["fine", "half \ud83d"]}), ("class", {"class": "\ud800"})],
+)
+def test_half_a_character_which_json_can_spell_is_no_caption(prompt, facts):
+    """A tokenizer would end the run."""
+    record = record_of({".json": json.dumps(facts).encode()})
+    with pytest.raises(BadSample, match="caption is not UTF-8"):
+        Reader(prompt).captions(record, Reader().facts(record))
+
+
 def test_the_caption_that_is_chosen_comes_with_its_embedding():
     texts = {
         f".text{'' if n == 0 else n}.safetensors": save({"hidden": torch.tensor([float(n)])})
