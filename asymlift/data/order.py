@@ -35,8 +35,12 @@ class Order:
 
     def __init__(self, sizes: Ints, batch: int, seed: int) -> None:
         self.batch, self.seed = batch, seed
-        self.sizes, which = np.unique(sizes, axis=0, return_inverse=True)
-        self.members = [np.flatnonzero(which.reshape(-1) == n) for n in range(len(self.sizes))]
+        # Ten million samples: 1.5 s; np.unique of pairs takes 15.
+        codes = sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1]
+        by_size = np.argsort(codes, kind="stable")
+        borders = np.flatnonzero(np.diff(codes[by_size])) + 1
+        self.members = np.split(by_size, borders)
+        self.sizes = sizes[[some[0] for some in self.members]]
         self.steps_per_epoch = sum(-(-len(members) // batch) for members in self.members)
         self._plans: dict[int, Plan] = {}
 
