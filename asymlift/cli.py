@@ -130,7 +130,7 @@ def prepare(
         plans.finish(plans.estimate_prepare(plan), f"asymlift prepare {recipe}", as_json=as_json)
     else:
         report = plans.run_prepare(plan, share, overwrite=overwrite)
-        following = f"asymlift fit-basis {recipe}" if report.complete else None
+        following = plans.after_prepare(plan, recipe) if report.complete else None
         plans.finish(report, following, as_json=as_json)
 
 
@@ -298,7 +298,10 @@ def inspect(
 
 @command("verify")
 def verify(
-    path: Annotated[Path, typer.Argument(help="A basis, a lifted model or a checkpoint.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A basis, a lifted model, a checkpoint, shards, or a run of these."),
+    ],
     as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,

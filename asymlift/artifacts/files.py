@@ -128,6 +128,11 @@ def _open_locked(path: Path, purpose: str) -> int:
         os.close(file)
 
 
+def plural(count: int, noun: str) -> str:
+    """(1, "shard") -> '1 shard', (2, "shard") -> '2 shards'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asymlift.artifacts.files import plural
 from asymlift.data.records import CAPTION, FACTS, IMAGE_SUFFIXES, LATENT
 from asymlift.report.html import items, numbers, page, paragraph, picture, table
 
@@ -29,11 +30,19 @@ class PrepareReport:
     rejected_samples: list[str] = field(default_factory=list)  # the first few
     made: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
+    num_without_caption: int = 0  # of those that are trained with captions
+    advice: str = ""  # what to change where many are too small
     already_done: bool = False
 
     @property
     def num_rejected(self) -> int:
         return sum(self.rejected.values())
+
+    @property
+    def without_caption(self) -> str:
+        """A few words on samples without one, which easily goes unnoticed."""
+        number = self.num_without_caption
+        return f"{number} of {self.num_samples} have no caption: an empty prompt" if number else ""
 
     def facts(self) -> dict[str, Any]:
         """As JSON has it, without what belongs to one run."""
@@ -41,14 +50,20 @@ class PrepareReport:
 
     @classmethod
     def from_facts(cls, out: Path, facts: Mapping[str, Any]) -> "PrepareReport":
-        return cls(out, complete=True, already_done=True, **facts)
+        """JSON has them by name; here the most frequent come first."""
+        counts = {name: most_first(facts[name]) for name in ("buckets", "rejected")}
+        return cls(out, complete=True, already_done=True, **{**facts, **counts})
+
+
+def most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def prepare_page(report: PrepareReport, sheet: bytes) -> str:
     """One page: counts, sizes, what was left out and why, and what the model will see."""
     headline = numbers(
         [
-            (f"{report.num_samples:,}", "samples", f"in {report.num_shards:,} shards"),
+            (f"{report.num_samples:,}", "samples", f"in {plural(report.num_shards, 'shard')}"),
             (f"{report.num_rejected:,}", "left out", "each is named in rejected.jsonl"),
             (f"{len(report.buckets):,}", "sizes", "a batch holds pictures of one"),
             (weight(report.num_bytes), "on disk", f"{per_sample(report, report.num_bytes)} each"),
@@ -59,6 +74,11 @@ def prepare_page(report: PrepareReport, sheet: bytes) -> str:
         ("", headline),
         *([seen] if sheet else []),
         ("Left out", left_out(report)),
+        *(
+            [("Captions", paragraph(f"{report.without_caption}."))]
+            if report.without_caption
+            else []
+        ),
         ("Sizes", sizes(report)),
         ("Bytes", parts(report)),
         ("Made with", table([(name, told(value)) for name, value in report.made.items()])),
@@ -114,7 +134,8 @@ def left_out(report: PrepareReport) -> str:
     if not report.rejected:
         return paragraph("Nothing.")
     counts = table(report.rejected.items(), ("reason", "samples"))
-    return counts + items(report.rejected_samples[:MANY])
+    advice = paragraph(report.advice) if report.advice else ""
+    return counts + advice + items(report.rejected_samples[:MANY])
 
 
 def told(value: Any) -> str:

@@ -3,19 +3,19 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
-from asymlift.artifacts.files import human_bytes
+from asymlift.artifacts.files import human_bytes, plural
 from asymlift.data.buckets import buckets
 from asymlift.data.catalog import expand
 from asymlift.data.stream import expand_urls
-from asymlift.errors import BadRecipe, StoppedEarly, Unavailable
+from asymlift.errors import BadData, BadRecipe, StoppedEarly, Unavailable
 from asymlift.maths.color import ColorCode
-from asymlift.recipe import Recipe
+from asymlift.recipe import Patterns, Recipe
 from asymlift.report.basis_report import BasisReport
 from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
@@ -59,6 +59,28 @@ def prepare_job(recipe: Recipe) -> Job:
     base = base_folder(recipe)
     family, geometry = family_of(recipe, base)
     return Job(recipe, base, family, geometry, dist.device_for(dist.discover_tasks()))
+
+
+def after_prepare(recipe: Recipe, path: Path) -> str:
+    """The next command, and before it what to set where the recipe does not read what was made."""
+    data, settings, following = recipe.data, settings_of(recipe), f"asymlift fit-basis {path}"
+    cached = settings.image == "none"
+    key, given = ("cache", data.cache) if cached else ("train", data.train)
+    if any(reads(p, Path(settings.out)) for p in (given, None if cached else data.validation)):
+        return following
+    return f"set data.{key} to {settings.out} (it is {given}), then {following}"
+
+
+def reads(patterns: Patterns | None, folder: Path) -> bool:
+    """Whether some of the patterns stand for shards in the folder."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+        try:
+            folders = {shard.parent for shard in expand(pattern).shards}
+        except BadData:  # nothing is there, or it is no place for random access
+            continue
+        if any(parent.resolve() == folder.resolve() for parent in folders):
+            return True
+    return False
 
 
 def share_for(number: int | None, of: int | None) -> Share:
@@ -391,17 +413,25 @@ def describe_preparation(report: PrepareReport) -> list[str]:
     if not report.complete:
         rest = "another task is finishing"
         if report.num_missing:
-            rest = f"{report.num_missing} are still to come; whoever makes the last one finishes"
-        return [f"this task made {report.num_made} of {report.num_shards} shards; {rest}"]
+            still = "is" if report.num_missing == 1 else "are"
+            rest = (
+                f"{report.num_missing} {still} still to come; whoever makes the last one finishes"
+            )
+        made = f"{report.num_made} of {plural(report.num_shards, 'shard')}"
+        return [f"this task made {made}; {rest}"]
     lines = [
         f"{'already there: ' if report.already_done else 'wrote '}{report.out}: "
-        f"{report.num_samples} samples in {report.num_shards} shards, "
-        f"{human_bytes(report.num_bytes)}, {len(report.buckets)} sizes"
+        f"{plural(report.num_samples, 'sample')} in {plural(report.num_shards, 'shard')}, "
+        f"{human_bytes(report.num_bytes)}, {plural(len(report.buckets), 'size')}"
     ]
     if report.rejected:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in report.rejected.items())
-        lines.append(f"left out: {reasons}; see {report.out / REJECTED}")
+        lines.append(f"left out: {by_count(report.rejected)}; see {report.out / REJECTED}")
+    lines += [line for line in (report.advice, report.without_caption) if line]
     return [*lines, f"see {report.out / PAGE}"]
+
+
+def by_count(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
 def describe_estimate(found: Estimate) -> list[str]:
@@ -409,8 +439,11 @@ def describe_estimate(found: Estimate) -> list[str]:
         f"{name} {human_bytes(count)}" for name, count in found.bytes_per_sample.items() if count
     )
     return [
-        f"{found.num_pictures} pictures; of {found.num_looked_at} looked at, "
+        f"{plural(found.num_pictures, 'picture')}; of {found.num_looked_at} looked at, "
         f"{found.num_usable} can be used",
+        *([f"left out of these: {by_count(found.left_out)}"] if found.left_out else []),
+        *([found.advice] if found.advice else []),
+        *([f"left out before: {by_count(found.not_listed)}"] if found.not_listed else []),
         f"a sample takes {human_bytes(found.per_sample)}: {parts}",
         f"all of them {human_bytes(found.total)}; {human_bytes(found.free)} are free",
     ]

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from asymlift.artifacts.files import Busy, exclusive_lock, write_bytes_atomically, writing
+from asymlift.artifacts.files import Busy, exclusive_lock, plural, write_bytes_atomically, writing
 from asymlift.data.records import BadSample
 from asymlift.data.writer import Packed, write_shard
 from asymlift.errors import BadRecipe, StoppedEarly, Unavailable
@@ -98,7 +98,7 @@ def missing_shards(job: Job, layout: Layout) -> list[int]:
 def wait_for_others(job: Job, layout: Layout, missing: list[int]) -> None:
     """Until every shard is there."""
     if missing:
-        say(f"waiting for {len(missing)} shards of the other tasks")
+        say(f"waiting for {plural(len(missing), 'shard')} of the other tasks")
     seen, since = (0, 0), time.monotonic()
     while missing:
         parts = job.out.glob(".*.part")
@@ -107,8 +107,8 @@ def wait_for_others(job: Job, layout: Layout, missing: list[int]) -> None:
             seen, since = now, time.monotonic()
         if time.monotonic() - since > PATIENCE:
             raise StoppedEarly(
-                f"{job.out}: {len(missing)} shards of other tasks are missing, and nothing has "
-                f"come for {PATIENCE:.0f} s; look what became of them, then run the same again"
+                f"{job.out}: {plural(len(missing), 'shard')} of other tasks missing, and nothing "
+                f"has come for {PATIENCE:.0f} s; look what became of them, then run the same again"
             )
         time.sleep(POLL)
         missing = [number for number in missing if not is_whole(job, layout, number)]
@@ -124,7 +124,7 @@ def make_shards(job: Job, layout: Layout, share: Share) -> int:
         for number in missing:
             samples = one_shard(job, layout, number, ticker)
             table = write_shard(layout.path(job.out, number), samples, made=job.made)
-            ticker.tick(0, f"{table.path.name}: {len(table)} samples")
+            ticker.tick(0, f"{table.path.name}: {plural(len(table), 'sample')}")
     return len(missing)
 
 

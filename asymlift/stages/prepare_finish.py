@@ -13,12 +13,12 @@ from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.manifest import NAME as MANIFEST
 from asymlift.artifacts.manifest import Manifest, read_manifest, write_manifest
 from asymlift.data.reader import Reader
-from asymlift.data.records import BadSample
+from asymlift.data.records import CAPTION, BadSample
 from asymlift.data.table import Table, index_path, load_table
 from asymlift.errors import BadData, CannotWrite
 from asymlift.report.contact_sheet import contact_sheet
 from asymlift.report.prepare_report import PrepareReport, prepare_page
-from asymlift.stages.prepare_job import Job
+from asymlift.stages.prepare_job import Job, count_reasons
 from asymlift.stages.prepare_work import Layout, class_names, plan_path, refuse_others, scratch
 
 SHOWN = 64  # pictures on the contact sheet, and rejects in the report
@@ -71,6 +71,8 @@ def finish(job: Job, layout: Layout, num_made: int) -> PrepareReport:
         rejected_samples=[str(fault) for fault in rejected[:SHOWN]],
         made=job.made,
         class_names=class_names(job.work),
+        num_without_caption=count_uncaptioned(job, tables),
+        advice=job.advice(rejected, sum(map(len, tables))),
     )
     sheet = b""
     if shown:
@@ -129,13 +131,6 @@ def read_rejects(out: Path, layout: Layout) -> list[BadSample]:
     return rejected
 
 
-def count_reasons(rejected: Sequence[BadSample]) -> dict[str, int]:
-    counts = Counter[str]()
-    for fault in rejected:
-        counts[fault.reason] += fault.count
-    return dict(counts.most_common())
-
-
 # ---- what is there -----------------------------------------------------------------------------
 
 
@@ -152,6 +147,13 @@ def count_bytes(tables: Sequence[Table]) -> dict[str, int]:
         for suffix, spans in table.spans.items():
             counts[suffix] += int(spans[:, 1].sum())
     return dict(sorted(counts.items()))
+
+
+def count_uncaptioned(job: Job, tables: Sequence[Table]) -> int:
+    """How many will be trained with an empty prompt, as far as these shards tell."""
+    if job.settings.image == "none" or job.recipe.data.caption.source != "caption":
+        return 0
+    return sum(len(table) - int(table.has(CAPTION).sum()) for table in tables)
 
 
 def shown_pictures(tables: Sequence[Table]) -> list[tuple[Tensor, str]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import free_bytes, human_bytes
 from asymlift.data.buckets import suggestion
-from asymlift.data.catalog import expand
+from asymlift.data.catalog import TOO_SMALL, expand
 from asymlift.data.records import IMAGE_SUFFIXES, LATENT, BadSample, text_suffix
 from asymlift.data.tar import BLOCK
 from asymlift.errors import BadData, BadRecipe, CannotWrite
@@ -28,6 +28,7 @@ from asymlift.stages.prepare_work import Work, find_work, plan_for
 WEIGHED = 256  # pictures that the estimate is made from
 WEIGHED_FIRST = 32  # of those, to begin with: enough to cut shards of about the size
 ENCODED = 16  # of those; a latent's size follows from its picture's, an embedding's hardly varies
+FEW = 0.1  # too small for each that is not: up to here nothing is suggested
 MOST_LOOKED_AT = 1024  # where many cannot be used
 INDEX_BYTES = 16, 20  # in the index beside a shard: of a sample, and of each of its parts
 
@@ -44,6 +45,9 @@ class Estimate:
     total: float
     free: int
     buckets: dict[str, int] = field(default_factory=dict)  # "width x height" -> of those
+    left_out: dict[str, int] = field(default_factory=dict)  # by reason, of those looked at
+    not_listed: dict[str, int] = field(default_factory=dict)  # by reason, before any was looked at
+    advice: str = ""  # what to change where many are too small
 
 
 class Encoders:
@@ -166,6 +170,9 @@ class Job:
             total=per_sample * len(self.work) * len(weighed) / looked,
             free=free_bytes(self.out),
             buckets=dict(buckets.most_common()),
+            left_out=count_reasons(bad),
+            not_listed=count_reasons(self.work.faults),
+            advice=self.advice(bad, len(weighed)),
         )
 
     def encoded_sizes(self, pictures: Sequence[Picture]) -> tuple[float, float]:
@@ -187,6 +194,9 @@ class Job:
             f"about {human_bytes(found.per_sample)} a sample, {human_bytes(found.total)} in all; "
             f"{human_bytes(found.free)} free"
         )
+        if found.advice:
+            usable = f"{found.num_usable} of {found.num_looked_at}"
+            say(f"{usable} that were looked at can be used; {found.advice}")
         if found.total > found.free:
             raise CannotWrite(
                 f"{self.out}: the shards will take about {human_bytes(found.total)}, but only "
@@ -200,12 +210,24 @@ class Job:
         reasons = Counter(fault.reason for fault in bad)
         said = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
         lines = [f"{self.settings.source}: none of {len(bad)} pictures can be used ({said})"]
-        if too_small := [fault for fault in bad if fault.reason == "too small"]:
-            lines.append(str(too_small[0]))
-            lines.append(suggestion([size_in(fault) for fault in too_small], self.fit))
+        if advice := self.advice(bad, 0):
+            lines += [str(next(fault for fault in bad if fault.reason == TOO_SMALL)), advice]
         else:
             lines += [str(fault) for fault in bad[:2]]
         return BadData("\n".join(lines))
+
+    def advice(self, bad: Sequence[BadSample], num_usable: int) -> str:
+        """What to change where more than a few are too small; else nothing."""
+        sizes = [size_in(fault) for fault in bad if fault.reason == TOO_SMALL]
+        return suggestion(sizes, self.fit) if len(sizes) > FEW * num_usable else ""
+
+
+def count_reasons(bad: Sequence[BadSample]) -> dict[str, int]:
+    """Reason -> samples, the most frequent first."""
+    counts = Counter[str]()
+    for fault in bad:
+        counts[fault.reason] += fault.count
+    return dict(counts.most_common())
 
 
 class Weighed:

@@ -13,6 +13,7 @@ from asymlift.artifacts.files import (
     exclusive_lock,
     human_bytes,
     link_or_copy,
+    plural,
     sha256_file,
     write_bytes_atomically,
 )
@@ -86,3 +87,7 @@ def test_sizes_are_readable():
         "3.0 GiB",
         "4.0 TiB",
     ]
+
+
+def test_one_is_no_plural():
+    assert [plural(n, "shard") for n in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]

@@ -49,6 +49,12 @@ def test_without_pictures_and_without_rejects_these_parts_say_so():
     assert "What the model will see" not in html and "<p>Nothing.</p>" in html
 
 
+def test_missing_captions_and_what_would_help_are_said():
+    html = page(num_without_caption=3, advice="smaller sides would keep 7 of 7")
+    assert "3 of 1500 have no caption" in html and "<p>smaller sides would keep 7 of 7</p>" in html
+    assert "have no caption" not in page()
+
+
 def test_long_tables_end_in_a_sum():
     buckets = {f"{n} x 8": 2 for n in range(MANY + 5)}
     assert ("5 more", "10", "0.7%") in rows(page(buckets=buckets))
@@ -66,6 +72,8 @@ def test_a_report_comes_back_from_its_facts():
     again = PrepareReport.from_facts("out", first.facts())
     assert again.already_done and again.complete and again.num_made == 0
     assert again.facts() == first.facts() and again.num_rejected == 8
+    by_name = {**report(), "buckets": {"1024 x 1024": 1, "832 x 1216": 9}}
+    assert list(PrepareReport.from_facts("out", by_name).buckets) == ["832 x 1216", "1024 x 1024"]
 
 
 def test_only_a_few_rejects_are_shown():

@@ -37,6 +37,7 @@ from asymlift.stages import prepare_finish, prepare_shard
 from asymlift.stages import prepare_job as prepare_job_module
 from asymlift.stages.open_data import fit_of
 from asymlift.stages.plans import (
+    after_prepare,
     describe_preparation,
     estimate_prepare,
     prepare_job,
@@ -501,7 +502,7 @@ def test_the_first_of_ranks_waits_for_the_others_and_finishes(folder, tmp_path, 
 def test_the_first_of_ranks_does_not_wait_for_ever(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "POLL", 0.01)
     monkeypatch.setattr(stage, "PATIENCE", 0.1)
-    with pytest.raises(StoppedEarly, match=r"1 shards of other tasks are missing, and nothing has"):
+    with pytest.raises(StoppedEarly, match=r"1 shard of other tasks missing, and nothing has"):
         run_prepare(recipe_for(tmp_path, folder / "source"), Share(0, 2, together=True))
 
 
@@ -853,8 +854,59 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(recipe_file, tmp_pat
     assert "next:" not in first.output
     last = command(recipe_file, "--shard-index", 0, "--num-shards", 2)
     assert f"wrote {tmp_path}/out: 20 samples in 3 shards" in last.output
-    assert f"next: asymlift fit-basis {recipe_file}" in last.output
+    assert f"next: set data.train to {tmp_path}/out (it is unused), then asymlift" in last.output
     assert "already there: " in command(recipe_file).output
+
+
+def test_what_is_easily_overlooked_is_said(tmp_path):
+    """Captions that do not lie where they are looked for, and sizes that are too large."""
+    make_folder(tmp_path / "source", 3)
+    make_folder(tmp_path / "source" / "more", 12, captions=False)
+    for number in range(2):
+        (tmp_path / "source" / f"small{number}.png").write_bytes(encoded(draw(number, 20, 20)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values_for(tmp_path, shard_samples=20)))
+    advice = "data.resize.sides: [32, 16] would keep 2 of 2"
+    estimate = command(path, "--estimate").output
+    assert "left out of these: too small 2" in estimate and advice in estimate
+    made = command(path).output
+    assert f"15 of 17 that were looked at can be used; {advice}" in made
+    assert "15 samples in 1 shard, " in made and "12 of 15 have no caption" in made
+    assert made.count(advice) == 2
+    assert advice in (tmp_path / "out" / "prepare-report.html").read_text()
+    again = command(path).output
+    assert "12 of 15 have no caption" in again and advice in again
+
+
+def test_labels_and_new_latents_miss_no_captions(folder, tmp_path):
+    make_folder(tmp_path / "source" / "one", 4, captions=False)
+    labels = {**RESIZE, "caption": {"labels": "folder", "source": "class"}}
+    assert run(recipe_for(tmp_path, data=labels)).num_without_caption == 0
+    newer = tmp_path / "newer"
+    report = run(recipe_for(newer, folder / "out", data={}, image="none", text="none"))
+    assert report.num_without_caption == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "following"),
+    [
+        ({"train": "OUT"}, {}, "asymlift fit-basis r.yaml"),
+        ({"train": ["gone", "OUT/*.tar"]}, {}, "asymlift fit-basis r.yaml"),
+        ({"validation": "OUT/{000000..000001}.tar"}, {}, "asymlift fit-basis r.yaml"),
+        ({}, {}, "set data.train to OUT (it is unused), then asymlift fit-basis r.yaml"),
+        (
+            {"train": "OUT"},
+            {"image": "none"},
+            "set data.cache to OUT (it is None), then asymlift fit-basis r.yaml",
+        ),
+        ({"cache": "OUT"}, {"image": "none"}, "asymlift fit-basis r.yaml"),
+    ],
+)
+def test_what_comes_next_is_what_the_recipe_reads(data, settings, following, folder):
+    out = str(folder / "out")
+    filled = yaml.safe_load(yaml.safe_dump(data).replace("OUT", out))
+    recipe = recipe_for(folder, data={**RESIZE, "train": "unused", **filled}, **settings)
+    assert after_prepare(recipe, Path("r.yaml")) == following.replace("OUT", out)
 
 
 def test_json_of_every_form(recipe_file, tmp_path):
