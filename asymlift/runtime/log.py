@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from asymlift.artifacts.files import write_bytes_atomically
+from asymlift.artifacts.files import write_bytes_atomically, writing
 
 Item = TypeVar("Item")
 
@@ -44,6 +44,19 @@ def detail(text: str) -> None:
 
 def warn(text: str) -> None:
     console.print(f"warning: {text}", style="yellow", markup=False)
+
+
+def kept_warnings(path: Path) -> Callable[[str], None]:
+    """`warn` that also writes to a file: the screens of ranks above 0 are silent."""
+
+    def keep(text: str) -> None:
+        warn(text)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    return keep
 
 
 def is_live() -> bool:

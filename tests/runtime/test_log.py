@@ -45,6 +45,17 @@ def test_verbosity_hides_and_shows(capsys):
     assert capsys.readouterr().err == "shown\n"
 
 
+def test_a_warning_is_kept_where_the_screen_is_silent(capsys, tmp_path):
+    keep = log.kept_warnings(tmp_path / "logs" / "rank-1.log")
+    keep("one")
+    log.set_verbosity(-1)
+    keep("two")
+    log.set_verbosity(0)
+    assert capsys.readouterr().err == "warning: one\n"
+    lines = (tmp_path / "logs" / "rank-1.log").read_text().splitlines()
+    assert [line[20:] for line in lines] == ["one", "two"]
+
+
 def test_a_document_is_all_that_stdout_gets(capsys, tmp_path):
     log.say("talk")
     log.print_json({"path": tmp_path, "value": 1.5})
