@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -31,8 +31,9 @@ INCIDENTAL = ("_diffusers_version", "_name_or_path", "transformers_version")
 class DiffusersFolder:
     """What convert, loading and fingerprints need to know about a pipeline folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+        """`known` says size and sha256 of files that need not be read, as a manifest does."""
+        self.path, self.known = path, known or {}
         self._sha256: dict[Path, Future[str]] = {}
         if not path.is_dir():
             raise BadData(f"{path}: there is no such folder.")
@@ -97,11 +98,19 @@ class DiffusersFolder:
 
     def sha256(self, path: Path) -> str:
         """Digest of one file of this folder, computed once."""
+        if stated := self.stated_sha256(path):
+            return stated
         future = self._sha256.get(path)
         if future is None or future.cancelled():
             with ThreadPoolExecutor(1) as pool:
                 future = self._sha256[path] = pool.submit(_digest, path)
         return future.result()
+
+    def stated_sha256(self, path: Path) -> str | None:
+        if not self.known:
+            return None
+        size, stated = self.known.get(path.relative_to(self.path).as_posix(), (0, ""))
+        return stated if path.is_file() and path.stat().st_size == size else None
 
     @contextmanager
     def hashing_ahead(self, paths: Iterable[Path]) -> Iterator[None]:
@@ -109,7 +118,7 @@ class DiffusersFolder:
         workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool:  # hashing does not hold the interpreter's lock
             for path in paths:
-                if path not in self._sha256:
+                if path not in self._sha256 and not self.stated_sha256(path):
                     self._sha256[path] = pool.submit(_digest, path)
             try:
                 yield

@@ -10,6 +10,7 @@ import pytest
 from asymlift.artifacts import diffusers_folder
 from asymlift.artifacts.diffusers_folder import DiffusersFolder, is_plain_name
 from asymlift.artifacts.files import sha256_file
+from asymlift.artifacts.manifest import read_manifest
 from asymlift.errors import BadData
 from asymlift.stages.convert import convert
 from tests.reliability.fake_pipeline import fake_plan, transformer_tensors, write_base, write_json
@@ -91,6 +92,28 @@ def test_a_lifted_folder_has_the_fingerprint_of_text_that_its_base_has(tmp_path)
     assert (lifted.path / "tokenizer/sub/tokenizer.json").is_file()
     assert lifted.text_fingerprint() == base.text_fingerprint()
     assert lifted.fingerprint("vae") == base.fingerprint("vae")
+
+
+def test_what_a_manifest_states_is_not_read_again_unless_the_size_differs(tmp_path, monkeypatch):
+    plan = fake_plan(tmp_path)
+    add_tokenizer(plan.base)
+    convert(plan)
+    vae, text = (f(DiffusersFolder(plan.base)) for f in FINGERPRINTS)
+    files, read = read_manifest(plan.output).files, []
+    monkeypatch.setattr(
+        diffusers_folder, "sha256_file", lambda path: read.append(path.name) or sha256_file(path)
+    )
+    assert [f(DiffusersFolder(plan.output, files)) for f in FINGERPRINTS] == [vae, text]
+    assert read == []
+
+    weights = plan.output / "vae/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.write_bytes((plan.base / "vae" / weights.name).read_bytes() + b"x")
+    assert DiffusersFolder(plan.output, files).fingerprint("vae") != vae
+    assert read == [weights.name]
+
+
+FINGERPRINTS = (lambda folder: folder.fingerprint("vae"), DiffusersFolder.text_fingerprint)
 
 
 def test_a_model_without_text_encoders_has_no_fingerprint_of_text(base):
