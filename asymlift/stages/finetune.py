@@ -23,7 +23,7 @@ from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
 from asymlift.data.feed import Feed, StepSamples
 from asymlift.data.order import derive, share_of
-from asymlift.errors import BadData, BadRecipe, StoppedEarly
+from asymlift.errors import BadData, BadRecipe, StoppedEarly, UserError
 from asymlift.families import find_family
 from asymlift.maths.pace import karras_decay, learning_rate_factor
 from asymlift.model.batch import Place
@@ -33,7 +33,15 @@ from asymlift.report.training_report import training_page
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine, EngineSettings
-from asymlift.runtime.log import Metrics, Ticker, detail, progress, read_metrics, say, warn
+from asymlift.runtime.log import (
+    Metrics,
+    Ticker,
+    detail,
+    kept_warnings,
+    progress,
+    read_metrics,
+    say,
+)
 from asymlift.runtime.signals import StopRequest, stop_requests
 from asymlift.stages.finetune_data import Encoders, check_sample, open_training_data
 from asymlift.stages.finetune_ledger import Ledger, by_reason, read_skipped
@@ -152,6 +160,7 @@ class Run:
             checkpoints_path(recipe), self.engine, self.ema, self.settings.checkpoint
         )
         self.num_updates, self.skipped_in_a_row = 0, 0
+        self.warn = kept_warnings(self.folder / "logs" / f"rank-{ranks.rank}.log")
 
     def engine_settings(self, zero3: dict[str, int]) -> EngineSettings:
         use = self.settings
@@ -218,7 +227,7 @@ class Run:
             null_text=self.maker.null_text,
             text_online=self.training.text_online,
         )
-        return self.training.feed(self.ranks, begin, check)
+        return self.training.feed(self.ranks, begin, check, self.warn)
 
     @contextmanager
     def metrics(self, begin: int) -> Iterator[Metrics | None]:
@@ -255,15 +264,22 @@ class Run:
     ) -> tuple[dict[str, float], str | None]:
         """Train on one global batch; returns what is logged, and why to stop, if anybody asked."""
         started = time.monotonic()
-        read = feed.step(step)
+        read, failure = StepSamples(0), None
+        try:
+            read = feed.step(step)
+        except UserError as error:  # of this rank; the others have to hear of it
+            failure = error
         waited = time.monotonic() - started
         num_good = sum(sample is not None for micro in read.micro_batches for sample in micro)
+        num_bad = sum(fault.count for fault in read.faults)
         counts = torch.tensor(
-            [num_good, len(read.faults), float(request.reason is not None)],
+            [num_good, num_bad, request.reason is not None, failure is not None],
             dtype=torch.float64,
             device=self.device,
         )
-        num_good, num_bad, num_asking = (int(n) for n in dist.summed(counts).tolist())
+        num_good, num_bad, num_asking, num_failed = (int(n) for n in dist.summed(counts).tolist())
+        if num_failed:
+            dist.share_error(self.ranks, failure)
         self.ledger.note(read.faults, num_good, num_bad)
         totals = self.gradients(step, read, num_good)
         settings, skipped = self.settings, self.engine.num_skipped
@@ -275,7 +291,8 @@ class Run:
             decay_from=settings.schedule.decay_from,
             floor=settings.schedule.floor,
         )
-        rate = settings.optimizer.lr * factor
+        # Without a sample there is no gradient, and what came before must not move the weights.
+        rate = settings.optimizer.lr * factor if num_good else 0.0
         clip = settings.clip
         norm = self.engine.update(
             {
@@ -353,7 +370,7 @@ class Run:
                 f"{said}\n{MAX_SKIPPED} updates in a row were not finite; the last checkpoint is "
                 "from before: lower the learning rate, or look at these samples"
             )
-        warn(f"{said}; the update was left out")
+        self.warn(f"{said}; the update was left out")
         return False
 
     # --- state --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.lifted_folder import Lifted
-from asymlift.artifacts.manifest import digest_json
+from asymlift.artifacts.manifest import digest_json, read_manifest
 from asymlift.data.buckets import Fit, buckets
 from asymlift.data.catalog import Catalog
 from asymlift.data.feed import Check, ExactFeed, Feed, StepSamples
@@ -63,7 +63,7 @@ class TrainingData(ABC):
         """What was wrong before the first sample was read. Every rank has to call."""
 
     @abstractmethod
-    def feed(self, ranks: Ranks, begin: int, check: Check) -> Feed:
+    def feed(self, ranks: Ranks, begin: int, check: Check, tell: Callable[[str], None]) -> Feed:
         """This rank's samples from a step on."""
 
     @abstractmethod
@@ -96,7 +96,7 @@ class ExactData(TrainingData):
     def enter_faults(self, ledger: Ledger) -> None:
         ledger.open(self.catalog)
 
-    def feed(self, ranks: Ranks, begin: int, check: Check) -> Feed:
+    def feed(self, ranks: Ranks, begin: int, check: Check, tell: Callable[[str], None]) -> Feed:
         data, settings = self.recipe.data, self.recipe.finetune
         return ExactFeed(
             self.catalog,
@@ -107,7 +107,7 @@ class ExactData(TrainingData):
             seed=settings.seed,
             choice=data.caption.choice,
             check=check,
-            on_slow=warn,
+            on_slow=tell,
         )
 
     def size(self, step: int) -> tuple[int, int]:
@@ -128,10 +128,18 @@ class StreamData(TrainingData):
     urls: list[str]
     fit: Fit
 
+    def foreign_latents(self) -> Iterator[Record]:
+        """Nothing is said of a streamed shard, so the first of them has to serve."""
+        stream = Stream(
+            self.urls, self.fit, rank=0, world=1, seed=0, first_step=0, on_bad=lambda fault: None
+        )
+        first = islice(stream.shard(self.urls[0]), MOST_TRIED)
+        return (record for record in first if LATENT in record.parts)
+
     def enter_faults(self, ledger: Ledger) -> None:
         pass  # nothing has been looked at
 
-    def feed(self, ranks: Ranks, begin: int, check: Check) -> Feed:
+    def feed(self, ranks: Ranks, begin: int, check: Check, tell: Callable[[str], None]) -> Feed:
         data, settings = self.recipe.data, self.recipe.finetune
 
         def stream(on_bad: OnBad) -> Stream:
@@ -143,7 +151,7 @@ class StreamData(TrainingData):
                 seed=settings.seed,
                 first_step=begin,
                 on_bad=on_bad,
-                on_note=warn,
+                on_note=tell,
             )
 
         return StreamFeed(
@@ -155,7 +163,7 @@ class StreamData(TrainingData):
             seed=settings.seed,
             choice=data.caption.choice,
             check=check,
-            on_slow=warn,
+            on_slow=tell,
         )
 
     def size(self, step: int) -> tuple[int, int]:
@@ -225,7 +233,7 @@ def open_exact(recipe: Recipe, lifted: Lifted, family: Family, ranks: Ranks) -> 
 
 def uses_embeddings(catalog: Catalog, data: DataSection) -> bool:
     """Those of shards that were not prepared are of captions, so they do not serve for labels."""
-    fits = data.caption.source == "caption" or catalog.made is not None
+    fits = data.caption.source == "caption" or all_prepared(catalog)
     if data.text == "cached" and not fits:
         raise BadData(
             f"{data.train}: its cached embeddings are of captions, and data.caption.source is "
@@ -236,8 +244,12 @@ def uses_embeddings(catalog: Catalog, data: DataSection) -> bool:
 
 def has_every_embedding(catalog: Catalog, data: DataSection) -> bool:
     """Whether no caption that may be chosen has to be encoded: `prepare` caches all of them."""
-    first_suffices = data.caption.choice == "first" or catalog.made is not None
+    first_suffices = data.caption.choice == "first" or all_prepared(catalog)
     return first_suffices and bool(catalog.has(TEXT).all())
+
+
+def all_prepared(catalog: Catalog) -> bool:
+    return all(source.made is not None for source in catalog.sources)
 
 
 def check_made(
@@ -246,7 +258,8 @@ def check_made(
     """Refuse prepared data whose latents or embeddings another model made."""
     if catalog.made is None:
         return
-    folder, wanted = DiffusersFolder(lifted.folder), dict[str, Any](family=family.name)
+    known = read_manifest(lifted.folder).files  # or gigabytes would be read at every start
+    folder, wanted = DiffusersFolder(lifted.folder, known), dict[str, Any](family=family.name)
     if catalog.has(LATENT).any():
         wanted["vae"] = folder.fingerprint("vae")
     if reads_text and catalog.has(TEXT).any():

@@ -43,6 +43,8 @@ class Ledger:
     def __init__(self, folder: Path, ranks: Ranks, max_fraction: float) -> None:
         self.folder, self.ranks, self.max_fraction = folder / "logs", ranks, max_fraction
         self.num_seen, self.num_bad = 0, 0  # while reading: over all epochs and ranks
+        self.num_listed = self.num_lost = 0  # by the catalog, if there is one
+        self.found = set[str]()  # samples that this process and its fellows could not use
         before = dist.first_does(ranks, lambda: read_skipped(folder))
         self.lines = dict.fromkeys(before)  # in order, as a set is not
         self.names = {line.sample for line in before}
@@ -59,6 +61,7 @@ class Ledger:
         new = [line for line in dict.fromkeys(lines) if line not in self.lines]
         dist.first_does(self.ranks, lambda: self.write(new))
         self.remember(new)
+        self.num_listed, self.num_lost = catalog.num_listed, catalog.num_lost
         check_budget(catalog.faults, catalog.num_listed, self.max_fraction)
 
     def note(self, faults: Sequence[BadSample], num_good: int, num_bad: int) -> None:
@@ -67,20 +70,35 @@ class Ledger:
         self.num_bad += num_bad
         if num_bad == 0:
             return
-        new = [skipped(fault) for fault in faults if fault.where not in self.names]
-        dist.all_do(self.ranks, lambda: self.write(new))
-        everywhere = [line for lines in dist.gathered(self.ranks, new) for line in lines]
-        self.remember(everywhere)
+        mine = [skipped(fault) for fault in faults]
+        dist.all_do(self.ranks, lambda: self.write(self.unnamed(mine)))
+        everywhere = [line for lines in dist.gathered(self.ranks, mine) for line in lines]
+        self.found |= {line.sample for line in everywhere}
+        new = self.unnamed(everywhere)
+        self.remember(new)
         if self.ranks.first:
-            self.tell(everywhere)
+            self.tell(new)
+        self.check()
+
+    def check(self) -> None:
+        """End the run where too many are bad: of those that were read, or of all that there are."""
+        lost = self.num_lost + len(self.found)
         if self.num_bad > self.max_fraction * max(self.num_seen, MIN_SEEN):
-            some = list(self.lines)[-NAMED:]
-            counts = ", ".join(f"{reason} {count}" for reason, count in self.reasons.items())
-            raise BadData(
-                f"{self.num_bad} of {self.num_seen} samples are bad, more than "
-                f"data.max_bad_fraction {self.max_fraction:g} allows: {'; '.join(map(str, some))}\n"
-                f"all of them are listed in {self.folder}: {counts}"
-            )
+            share = f"{self.num_bad} of {self.num_seen}"
+        elif self.num_listed and lost > self.max_fraction * self.num_listed:
+            share = f"{lost} of all {self.num_listed}"
+        else:
+            return
+        some = "; ".join(map(str, list(self.lines)[-NAMED:]))
+        counts = ", ".join(f"{reason} {count}" for reason, count in self.reasons.items())
+        raise BadData(
+            f"{share} samples are bad, more than data.max_bad_fraction {self.max_fraction:g} "
+            f"allows: {some}\nall of them are listed in {self.folder}: {counts}"
+        )
+
+    def unnamed(self, lines: Sequence[Skipped]) -> list[Skipped]:
+        """Those of samples that no line names yet, each once."""
+        return list({line.sample: line for line in lines if line.sample not in self.names}.values())
 
     def write(self, lines: Sequence[Skipped]) -> None:
         if not lines:

@@ -377,7 +377,8 @@ def test_a_folder_of_pictures_trains_as_it_is(recipe, tmp_path):
     for result in found.values():
         assert len(result["metrics"]) == 8  # more than an epoch: every size came up
         assert all(math.isfinite(loss) for loss in losses(result))
-        assert losses(result).count(0.0) == 1  # nobody had a sample in that step
+        [empty] = [line for line in result["metrics"] if line["loss"] == 0]
+        assert empty["lr"] == 0  # nobody had a sample in that step, so nothing moved
         assert result["bad_samples"] == {"image cannot be decoded": 8}
     assert losses(found[2]) == pytest.approx(losses(found[1]), rel=1e-4)
     logs = (recipe.parent / "folder-2" / "logs").glob("skipped-*.jsonl")
@@ -414,6 +415,30 @@ def test_a_stream_needs_a_shard_for_every_rank(recipe):
     _, codes, said = drive(recipe, [job], ranks=2)
     assert codes == [65, 65]
     assert all("a shard for every rank: 1 for 2 ranks" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lambda tar: b"no tar", "no usable sample in 1 shards"),
+        (lambda tar: tar.replace(b"IDAT", b"IDAX"), "samples are bad, more than"),
+    ],
+)
+def test_a_stream_that_fails_on_one_rank_ends_all(recipe, tmp_path, content, expected):
+    """With the same message, and soon: the others wait for the sums of a step."""
+    shards = sorted((recipe.parent / "shards").glob("*.tar"))
+    (tmp_path / "bad.tar").write_bytes(content(shards[0].read_bytes()))
+    job = [
+        another_run(recipe, "stream-fails"),
+        "data.mode=stream",
+        f"data.train={json.dumps([str(shards[1]), str(tmp_path / 'bad.tar')])}",
+        "data.resize={sides: [32]}",
+        "finetune.steps=1000",
+        "finetune.checkpoint.every=1000",
+    ]
+    _, codes, said = drive(recipe, [job], ranks=2)
+    assert codes == [Exit.BAD_DATA, Exit.BAD_DATA], said
+    assert all(expected in text and "Traceback" not in text for text in said)
 
 
 def test_classes_train_instead_of_captions(recipe, tmp_path, monkeypatch):

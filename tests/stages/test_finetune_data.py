@@ -136,6 +136,9 @@ def test_embeddings_of_captions_do_not_serve_for_labels(tmp_path):
         uses_embeddings(catalog, data_section(tmp_path, text="cached", **labels))
     prepared = catalog_of(tmp_path / "b.tar", [sample(i) for i in range(COUNT)], MADE)
     assert uses_embeddings(prepared, data_section(tmp_path, text="cached", **labels))
+    mixed = Catalog([*prepared.sources, *catalog.sources], prepared.fit)
+    assert not uses_embeddings(mixed, data_section(tmp_path, **labels))
+    assert not has_every_embedding(mixed, data_section(tmp_path, caption={"choice": "random"}))
 
 
 def test_prepared_data_has_to_fit_the_model(tmp_path, lifted):
@@ -173,6 +176,13 @@ def test_latents_are_encoded_again_where_nobody_says_what_made_them(tmp_path, li
     found = open_training_data(recipe_for(tmp_path / "*.tar"), lifted, FAMILY, ALONE)
     assert [r.key for r in found.foreign_latents()] == ["012", "013", "022", "023"]
     assert all(LATENT in r.parts for r in found.foreign_latents())
+
+
+def test_latents_of_a_stream_are_looked_at_too(tmp_path, lifted):
+    write_shard(tmp_path / "a.tar", [sample(i, latent=i > 1) for i in range(40)])
+    recipe = recipe_for(tmp_path / "a.tar", mode="stream")
+    found = open_training_data(recipe, lifted, FAMILY, ALONE)
+    assert [r.key for r in found.foreign_latents()] == [f"{i:03d}" for i in range(2, 16)]
 
 
 def test_ranks_that_find_different_samples_are_refused(tmp_path, lifted, monkeypatch):
@@ -285,6 +295,21 @@ def test_too_many_end_the_run_and_early_on_the_share_says_little(tmp_path):
     said = str(stop.value)
     assert "11 of 11 samples are bad, more than data.max_bad_fraction 0.01 allows" in said
     assert "a.tar!099: too red (detail)" in said and "too blue 10, too red 1" in said
+
+
+def test_too_many_of_a_small_dataset_end_the_run_before_an_epoch_is_over(tmp_path):
+    """What an earlier run could not read may be sound by now, so it does not count."""
+    catalog = catalog_of(tmp_path / "a.tar", [sample(i) for i in range(40)])
+    for _ in range(2):
+        ledger = Ledger(tmp_path, ALONE, 0.05)
+        ledger.open(catalog)
+        for number in (1, 2, 1):
+            ledger.note([fault(number)], 3, 1)
+        with pytest.raises(
+            BadData, match=r"3 of all 40 samples are bad, more than .* 0\.05 allows"
+        ):
+            ledger.note([fault(3)], 3, 1)
+    assert len(lines_in(tmp_path)) == 3
 
 
 def test_a_share_that_is_allowed_stays_so_over_the_epochs(tmp_path):
