@@ -21,7 +21,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from asymlift.data.ahead import read_ahead
-from asymlift.data.buckets import Fit, Refusal, place, suggestion, whole_patches
+from asymlift.data.buckets import (
+    Bucket,
+    Fit,
+    Refusal,
+    place,
+    places,
+    suggestion,
+    whole_patches,
+)
 from asymlift.data.listing import UNNAMED, list_pictures
 from asymlift.data.reader import Reader
 from asymlift.data.records import IMAGE_SUFFIXES, LATENT, BadSample, Part, Record
@@ -331,32 +339,21 @@ class Catalog(Sequence[Record]):
 
         A picture that was prepared, or whose latent is cached, keeps its size.
         """
-        codes = source.sizes[:, 0].astype(np.int64) << 32 | source.sizes[:, 1]
-        different, which = np.unique(codes, return_inverse=True)
-        found = [
-            [place(width, height, self.fit), whole_patches(width, height, self.fit.patch)]
-            if width
-            else [Refusal(UNREADABLE, "")] * 2
-            for width, height in ((code >> 32, code & 0xFFFFFFFF) for code in different.tolist())
-        ]
-        sizes = [[(0, 0) if isinstance(f, Refusal) else f for f in both] for both in found]
-        as_stored = (source.has(LATENT) | (source.made is not None)).astype(int)
-        table: Ints = np.array(sizes, np.int32).reshape(-1, 2, 2)
-        targets: Ints = table[which, as_stored]
-        left_out = np.flatnonzero(targets[:, 0] == 0)
+        patch, sizes = self.fit.patch, source.sizes[:, ::-1]
+        whole = np.where(sizes.min(1, keepdims=True) < patch, 0, sizes // patch * patch)
+        as_stored = source.has(LATENT) | (source.made is not None)
+        targets: Ints = np.where(as_stored[:, None], whole, places(source.sizes, self.fit))
         no_image = ~np.any([source.has(suffix) for suffix in IMAGE_SUFFIXES], axis=0)
-        for index in left_out.tolist():
-            refusal = found[which[index]][as_stored[index]]
-            assert isinstance(refusal, Refusal)
-            unreadable = refusal.reason == UNREADABLE
+        for index in np.flatnonzero(targets[:, 0] == 0).tolist():
+            where, (width, height) = source.where(index), source.sizes[index].tolist()
             if no_image[index]:
-                fault = BadSample(source.where(index), NO_IMAGE)
-            elif unreadable:
-                fault = why_unreadable(source.record(index))
+                self.faults.append(BadSample(where, NO_IMAGE))
+            elif not width:
+                self.faults.append(why_unreadable(source.record(index)))
+            elif as_stored[index]:
+                self.faults.append(refused(where, whole_patches(width, height, patch)))
             else:
-                fault = BadSample(source.where(index), refusal.reason, refusal.detail)
-            sound = not (no_image[index] or unreadable or as_stored[index])
-            (self.refused if sound else self.faults).append(fault)
+                self.refused.append(refused(where, place(width, height, self.fit)))
         return targets
 
     def drop_duplicates(self, usable: Ints) -> None:
@@ -399,12 +396,16 @@ class Catalog(Sequence[Record]):
         """Why there is no sample at all, and what to do."""
         too_small = [fault for fault in self.refused if fault.reason == TOO_SMALL]
         if too_small:
-            sizes = [
-                (int(w), int(h)) for source in self.sources for w, h in source.sizes.tolist() if w
-            ]
-            return BadData(f"{what}: {too_small[0]}\n{suggestion(sizes, self.fit)}")
+            sizes = np.concatenate([source.sizes for source in self.sources])
+            readable = sizes[sizes[:, 0] > 0]
+            return BadData(f"{what}: {too_small[0]}\n{suggestion(readable, self.fit)}")
         first = [*self.faults, *self.refused][:3]
         return BadData("\n".join([f"{what}: there are no usable samples", *map(str, first)]))
+
+
+def refused(where: str, refusal: Bucket | Refusal) -> BadSample:
+    assert isinstance(refusal, Refusal), where
+    return BadSample(where, refusal.reason, refusal.detail)
 
 
 def why_unreadable(record: Record) -> BadSample:

@@ -14,6 +14,7 @@ from asymlift.data.buckets import (
     buckets,
     fit_image,
     place,
+    places,
     step_of,
     suggestion,
     whole_patches,
@@ -111,6 +112,17 @@ def test_nothing_is_enlarged_and_transposed_pictures_get_transposed_buckets(fit)
         else:
             assert bucket[0] <= height and bucket[1] <= width
             assert turned == bucket[::-1]
+
+
+@pytest.mark.parametrize("more", [{}, {"upscale": True}, {"min_side": 300}])
+@fits
+def test_many_at_once_get_what_each_gets_alone(fit, more):
+    fit = replace(fit, **more)
+    given = [*sizes(3000), (0, 0), *((w, h) for _, h, w in every(fit))]
+    given += [(width + 1, height) for width, height in given] + [(2000, 1000), (2001, 1000)]
+    alone = [place(*size, fit) if size[0] else Refusal("", "") for size in given]
+    expected = [(0, 0) if isinstance(found, Refusal) else found for found in alone]
+    assert list(map(tuple, places(np.array(given), fit).tolist())) == expected
 
 
 @fits
