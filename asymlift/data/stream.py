@@ -6,18 +6,19 @@ every rank goes through its share of the shards, pass after pass, in an order th
 samples of the broken one come again and others wait for the next. Damage is still found and said.
 """
 
+import errno
 import subprocess
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from queue import Empty, Full, Queue
 from types import TracebackType
-from typing import BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import torch
@@ -113,10 +114,36 @@ def opened(url: str) -> Iterator[BinaryIO]:
                 f"{shown(url)}: no reader for {scheme}:// is installed ({error}); install fsspec's "
                 f"package for it (s3fs, gcsfs, ...), or use pipe:COMMAND"
             ) from None
+        with ExitStack() as held:
+            with foreign_errors():
+                remote = held.enter_context(source)
+            yield cast(BinaryIO, Remote(remote))
     else:
-        source = open(url, "rb")  # noqa: PTH123, SIM115
-    with source as stream:
-        yield stream
+        with open(url, "rb") as stream:  # noqa: PTH123
+            yield stream
+
+
+class Remote:
+    """A file in somebody's store."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def read(self, count: int = -1) -> bytes:
+        with foreign_errors():
+            data: bytes = self.file.read(count)
+            return data
+
+
+@contextmanager
+def foreign_errors() -> Iterator[None]:
+    """Whatever the client of a store raises is an OSError: it costs the shard, not the run."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, type(error).__name__) from error
 
 
 # ---- samples of one shard ----------------------------------------------------------------------
@@ -277,7 +304,7 @@ class Stream:
         except BadSample as fault:
             broken.append(fault)
         except OSError as error:
-            said = error.strerror or str(error) or type(error).__name__
+            said = error.strerror or type(error).__name__  # its text may hold what `shown` hides
             broken.append(BadSample(name, "shard cannot be read", said))
         if broken:
             broken[0].count = max(round(self.usual_samples) - found, 1)

@@ -55,7 +55,8 @@ def open_data(patterns: Patterns, data: DataSection, patch: int, ranks: Ranks = 
 
 def index_shards(shards: Sequence[Path], data: DataSection, ranks: Ranks) -> list[Table]:
     """The index of every shard, made by all ranks together where there is none."""
-    with progress("index shards", len(shards)) as ticker:
+    share = shards[ranks.rank :: ranks.world] if ranks.world > 1 else []
+    with progress("index shards", len(share) + len(shards)) as ticker:
 
         def index(some: Sequence[Path]) -> list[Table]:
             tables = []
@@ -65,7 +66,7 @@ def index_shards(shards: Sequence[Path], data: DataSection, ranks: Ranks) -> lis
             return tables
 
         if ranks.world > 1:  # each its share, so that afterwards all find an index
-            dist.all_do(ranks, lambda: index(shards[ranks.rank :: ranks.world]))
+            dist.all_do(ranks, lambda: index(share))
         return dist.all_do(ranks, lambda: index(shards))
 
 

@@ -315,6 +315,33 @@ def test_a_scheme_without_its_package_says_what_to_install():
         pass
 
 
+class Store:
+    """A client with errors of its own, which tell secrets."""
+
+    def __init__(self, *, opens: bool) -> None:
+        self.opens = opens
+
+    def __enter__(self):
+        if not self.opens:
+            raise LookupError("token=secret")
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def read(self, count):
+        raise FileNotFoundError("https://x/a.tar?token=secret")
+
+
+@pytest.mark.parametrize(("opens", "said"), [(False, "LookupError"), (True, "FileNotFoundError")])
+def test_what_the_client_of_a_store_raises_costs_the_shard(monkeypatch, opens, said):
+    monkeypatch.setattr("fsspec.open", lambda url, mode: Store(opens=opens))
+    faults: list[BadSample] = []
+    stream = Stream(["x"], FIT, rank=0, world=1, seed=0, first_step=0, on_bad=faults.append)
+    assert list(stream.shard("s3://b/a.tar")) == []
+    assert [str(fault) for fault in faults] == [f"s3://b/a.tar: shard cannot be read ({said})"]
+
+
 def test_secrets_do_not_show():
     assert shown("s3://user:secret@bucket/a.tar?token=secret") == "s3://bucket/a.tar"
     assert (

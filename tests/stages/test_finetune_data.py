@@ -166,6 +166,13 @@ def test_prepared_data_has_to_fit_the_model(tmp_path, lifted):
         check(made, caption={"source": "class"})
 
 
+def test_weights_that_the_lifted_folder_states_are_not_read(tmp_path, lifted, monkeypatch):
+    made = MADE | {"vae": DiffusersFolder(lifted.folder).fingerprint("vae")}
+    catalog = catalog_of(tmp_path / "a.tar", [sample(i) for i in range(COUNT)], made)
+    monkeypatch.setattr("asymlift.artifacts.diffusers_folder.sha256_file", None)
+    check_made(catalog, recipe_for(tmp_path / "a.tar"), lifted, FAMILY, reads_text=True)
+
+
 def test_latents_are_encoded_again_where_nobody_says_what_made_them(tmp_path, lifted):
     folder = DiffusersFolder(lifted.folder)
     names = ["first", "second", "third"]
