@@ -116,8 +116,11 @@ def cached_index_path(shard: Path) -> Path:
     return Path(base).expanduser() / "asymlift" / "index" / f"{name}.safetensors"
 
 
-def indexed(shard: Path) -> Table:
-    """The index of a shard: the one that is kept if it fits, else a new one, which is kept."""
+def indexed(shard: Path, *, beside: bool = True) -> Table:
+    """The index of a shard: the one that is kept if it fits, else a new one, which is kept.
+
+    Not `beside` the shard but in the cache alone where one only looks.
+    """
     try:
         status = shard.stat()
     except OSError:
@@ -134,7 +137,7 @@ def indexed(shard: Path) -> Table:
         elif prepared:
             return cut_to(table, status.st_size)
     table = index_shard(shard)
-    for path in places:
+    for path in places if beside else places[1:]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_table(table, path)
@@ -344,6 +347,7 @@ class Catalog(Sequence[Record]):
         as_stored = source.has(LATENT) | (source.made is not None)
         targets: Ints = np.where(as_stored[:, None], whole, places(source.sizes, self.fit))
         no_image = ~np.any([source.has(suffix) for suffix in IMAGE_SUFFIXES], axis=0)
+        targets[no_image] = 0  # a cache knows the size of pictures that it does not hold
         for index in np.flatnonzero(targets[:, 0] == 0).tolist():
             where, (width, height) = source.where(index), source.sizes[index].tolist()
             if no_image[index]:
@@ -399,6 +403,11 @@ class Catalog(Sequence[Record]):
             sizes = np.concatenate([source.sizes for source in self.sources])
             readable = sizes[sizes[:, 0] > 0]
             return BadData(f"{what}: {too_small[0]}\n{suggestion(readable, self.fit)}")
+        if self.made is not None and all(fault.reason == NO_IMAGE for fault in self.faults):
+            return BadData(
+                f"{what}: holds latents or embeddings without pictures; data.cache is the place "
+                "for it, and data.train for the pictures"
+            )
         first = [*self.faults, *self.refused][:3]
         return BadData("\n".join([f"{what}: there are no usable samples", *map(str, first)]))
 

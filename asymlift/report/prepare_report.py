@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asymlift.artifacts.files import plural
 from asymlift.data.records import CAPTION, FACTS, IMAGE_SUFFIXES, LATENT
 from asymlift.report.html import items, numbers, page, paragraph, picture, table
 
@@ -63,7 +62,11 @@ def prepare_page(report: PrepareReport, sheet: bytes) -> str:
     """One page: counts, sizes, what was left out and why, and what the model will see."""
     headline = numbers(
         [
-            (f"{report.num_samples:,}", "samples", f"in {plural(report.num_shards, 'shard')}"),
+            (
+                f"{report.num_samples:,}",
+                "samples",
+                f"in {report.num_shards:,} shard{'s' * (report.num_shards != 1)}",
+            ),
             (f"{report.num_rejected:,}", "left out", "each is named in rejected.jsonl"),
             (f"{len(report.buckets):,}", "sizes", "a batch holds pictures of one"),
             (weight(report.num_bytes), "on disk", f"{per_sample(report, report.num_bytes)} each"),

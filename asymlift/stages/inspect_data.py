@@ -6,15 +6,17 @@ Only one sample is decoded, and those that are shown.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from asymlift.artifacts.files import human_bytes, write_bytes_atomically
+from asymlift.artifacts.files import human_bytes, write_bytes_atomically, writing
 from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Refusal, place, suggestion
 from asymlift.data.catalog import (
+    NO_IMAGE,
     TABLES,
     Catalog,
     Listed,
@@ -25,11 +27,12 @@ from asymlift.data.catalog import (
     shards_in,
 )
 from asymlift.data.reader import Reader
-from asymlift.data.records import FACTS, IMAGE_SUFFIXES, LATENT, TEXT, BadSample, Record
+from asymlift.data.records import CAPTION, FACTS, IMAGE_SUFFIXES, LATENT, TEXT, BadSample, Record
 from asymlift.data.table import Table
-from asymlift.errors import BadData
+from asymlift.errors import BadData, CannotWrite
 from asymlift.recipe import ResizeSection
 from asymlift.report.contact_sheet import contact_sheet
+from asymlift.report.prepare_report import told
 from asymlift.runtime.log import progress
 from asymlift.stages.inspected import SHOWN, Inspection, brief, some_of
 from asymlift.stages.open_data import by_reason, fit_of, lines_by_reason
@@ -52,11 +55,18 @@ def is_data(path: Path) -> bool:
 
 def inspect_data(path: Path, picture: Path | None = None) -> Inspection:
     """Say what is in it; `picture` is where a contact sheet goes."""
+    if picture is not None:
+        check_picture(picture)
     sources = open_sources(path)
     catalog = Catalog(sources, replace(FIT, sides=SMALLER, upscale=True))
     if picture is not None:
         write_contact_sheet(catalog, path, picture)
     members = members_of(sources)
+    # Newer latents or embeddings, whose pictures lie elsewhere.
+    cache = catalog.made is not None and not any(suffix in IMAGE_SUFFIXES for suffix in members)
+    faults = [*catalog.faults, *catalog.refused]
+    if cache:
+        faults = [fault for fault in faults if fault.reason != NO_IMAGE]
     sizes = sizes_of(sources)
     num_bytes = sum(size for _, size in members.values())
     rows = [
@@ -66,30 +76,33 @@ def inspect_data(path: Path, picture: Path | None = None) -> Inspection:
             "image sizes" if catalog.made is None else "buckets",
             some_of(f"{w} x {h} ({count})" for (w, h), count in sizes.most_common()),
         ),
+        *([("pictures", "none: data.cache takes it")] if cache else []),
         *fitting(sources),
-        *((f"made with {name}", brief(str(said))) for name, said in (catalog.made or {}).items()),
+        *((f"made with {name}", told(said)) for name, said in (catalog.made or {}).items()),
     ]
     problems = [
-        *wrong(catalog),
-        *partial(catalog, LATENT, "a latent"),
-        *partial(catalog, TEXT, "a text embedding"),
+        *lines_by_reason(faults)[:SHOWN],
+        *incomplete(catalog, CAPTION, "a caption"),
+        *incomplete(catalog, LATENT, "a latent"),
+        *incomplete(catalog, TEXT, "a text embedding"),
     ]
     facts: dict[str, Any] = {
         "num_shards": sum(isinstance(source, Table) for source in sources),
-        "num_samples": len(catalog),
-        "num_lost": catalog.num_lost,
+        "num_samples": sum(map(len, sources)) if cache else len(catalog),
+        "num_lost": 0 if cache else catalog.num_lost,
         "members": {suffix: count for suffix, (count, _) in members.items()},
         "bytes": {suffix: size for suffix, (_, size) in members.items()},
         "sizes": [[w, h, count] for (w, h), count in sizes.most_common()],
         "made": catalog.made,
         "left_out": {
             reason: {"count": sum(fault.count for fault in faults), "first": str(faults[0])}
-            for reason, faults in by_reason([*catalog.faults, *catalog.refused]).items()
+            for reason, faults in by_reason(faults).items()
         },
     }
-    if len(catalog):
+    if cache or len(catalog):
+        first = next(s for s in sources if len(s)).record(0) if cache else catalog[0]
         try:
-            more_rows, facts["first"] = first_sample(catalog[0])
+            more_rows, facts["first"] = first_sample(first)
             rows += more_rows
         except BadSample as fault:
             problems.append(str(fault))
@@ -107,7 +120,7 @@ def kind_of(path: Path) -> str:
 def open_sources(path: Path) -> list[Source]:
     named, sources = expand(path), list[Source]()
     with progress("index shards", len(named.shards)) as ticker:
-        for table in read_ahead(indexed, named.shards, WORKERS):
+        for table in read_ahead(partial(indexed, beside=False), named.shards, WORKERS):
             sources.append(table)
             ticker.tick()
     return sources + [listed(listing, workers=WORKERS) for listing in named.listings]
@@ -171,12 +184,7 @@ def fitting(sources: Sequence[Source]) -> list[tuple[str, str]]:
     return [(f"at data.resize.sides {RESIZE.sides}", "; ".join(found))]
 
 
-def wrong(catalog: Catalog) -> list[str]:
-    """What is wrong, by reason, the most frequent first."""
-    return lines_by_reason([*catalog.faults, *catalog.refused])[:SHOWN]
-
-
-def partial(catalog: Catalog, suffix: str, meaning: str) -> list[str]:
+def incomplete(catalog: Catalog, suffix: str, meaning: str) -> list[str]:
     have = int(catalog.has(suffix).sum())
     few = 0 < have < len(catalog)
     return [f"only {have} of {len(catalog)} samples have {meaning}"] if few else []
@@ -189,13 +197,14 @@ def first_sample(record: Record) -> tuple[list[tuple[str, str]], dict[str, Any]]
     """The parts of one sample."""
     reader = Reader()
     facts = reader.facts(record)
-    captions, image = reader.captions(record, facts), reader.stored_image(record)
+    captions = reader.captions(record, facts) if record.image_suffix else []
+    tensors = {"image": reader.stored_image(record)} if record.image_suffix else {}
     latent, text = reader.latent(record), reader.text(record)
-    tensors = {"latent": latent} if latent is not None else {}
+    tensors |= {"latent": latent} if latent is not None else {}
     tensors |= {f"text {name}": tensor for name, tensor in (text or {}).items()}
     shapes = {
         name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        for name, tensor in {"image": image, **tensors}.items()
+        for name, tensor in tensors.items()
     }
     rows = [
         ("first key", record.key),
@@ -210,6 +219,14 @@ def first_sample(record: Record) -> tuple[list[tuple[str, str]], dict[str, Any]]
 def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts that are not shown already."""
     return {k: v for k, v in facts.items() if k not in ("width", "height", "captions")}
+
+
+def check_picture(picture: Path) -> None:
+    """Before anything is read: whether a contact sheet can go there."""
+    if picture.suffix.lower() != ".png" or picture.is_dir():
+        raise CannotWrite(f"--picture {picture}: name a file that ends in .png")
+    with writing(picture):
+        picture.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_contact_sheet(catalog: Catalog, path: Path, picture: Path) -> None:

@@ -51,14 +51,15 @@ def run_prepare(recipe: Recipe, share: Share, *, overwrite: bool = False) -> Pre
 
 
 def estimate_prepare(recipe: Recipe) -> Estimate:
-    return prepare_job(recipe).estimate()
+    return prepare_job(recipe, look_only=True).estimate()
 
 
-def prepare_job(recipe: Recipe) -> Job:
+def prepare_job(recipe: Recipe, *, look_only: bool = False) -> Job:
     settings_of(recipe)
     base = base_folder(recipe)
     family, geometry = family_of(recipe, base)
-    return Job(recipe, base, family, geometry, dist.device_for(dist.discover_tasks()))
+    device = dist.device_for(dist.discover_tasks())
+    return Job(recipe, base, family, geometry, device, look_only=look_only)
 
 
 def after_prepare(recipe: Recipe, path: Path) -> str:
@@ -98,7 +99,7 @@ def share_for(number: int | None, of: int | None) -> Share:
 def check_prepare(recipe: Recipe) -> dict[str, Any]:
     settings, base = settings_of(recipe), base_folder(recipe)
     family, geometry = family_of(recipe, base)
-    work, fit = find_work(recipe), fit_of(recipe.data.resize, geometry.pixel_patch)
+    work, fit = find_work(recipe, look_only=True), fit_of(recipe.data.resize, geometry.pixel_patch)
     sizes = [size for side in buckets(fit).values() for size in side]
     return {
         "base": str(base),

@@ -89,13 +89,20 @@ class Job:
     """A recipe's preparation: what it reads, what it makes, and how."""
 
     def __init__(
-        self, recipe: Recipe, base: Path, family: Family, geometry: Geometry, device: torch.device
+        self,
+        recipe: Recipe,
+        base: Path,
+        family: Family,
+        geometry: Geometry,
+        device: torch.device,
+        *,
+        look_only: bool = False,  # nothing is written
     ) -> None:
         self.recipe, self.settings = recipe, settings_of(recipe)
         self.out = Path(self.settings.out)
         refuse_nesting(self.settings, self.out)
         with progress("list pictures", 0) as ticker:
-            self.work = find_work(recipe, ticker.tick)
+            self.work = find_work(recipe, ticker.tick, look_only=look_only)
         self.as_stored = keeps_sizes(recipe, self.work)
         self.fit = fit_of(recipe.data.resize, geometry.pixel_patch)
         self.encoders = Encoders(base, family, recipe.model.text_length, device)
@@ -214,6 +221,8 @@ class Job:
             lines += [str(next(fault for fault in bad if fault.reason == TOO_SMALL)), advice]
         else:
             lines += [str(fault) for fault in bad[:2]]
+        if reasons["no class label"]:
+            lines.append("data.caption.labels says where classes come from: folder, or a column")
         return BadData("\n".join(lines))
 
     def advice(self, bad: Sequence[BadSample], num_usable: int) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,17 @@ class Work:
         return f"sha256:{digest.hexdigest()}"
 
 
-def find_work(recipe: Recipe, on_done: Callable[[int], None] = lambda count: None) -> Work:
-    """List what `prepare.source` names."""
+def find_work(
+    recipe: Recipe,
+    on_done: Callable[[int], None] = lambda count: None,
+    *,
+    look_only: bool = False,
+) -> Work:
+    """List what `prepare.source` names; `look_only` leaves no index beside its shards."""
     assert recipe.prepare is not None
     named, sources = expand(recipe.prepare.source), list[Source]()
-    for table in read_ahead(indexed, named.shards, recipe.data.workers):
+    index = partial(indexed, beside=not look_only)
+    for table in read_ahead(index, named.shards, recipe.data.workers):
         sources.append(table)
         on_done(1)
     for path in named.listings:

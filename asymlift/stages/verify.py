@@ -9,7 +9,7 @@ import torch
 from asymlift.artifacts import lifted_folder, manifest
 from asymlift.artifacts.basis_file import has_checksum, load_basis
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
-from asymlift.artifacts.files import human_bytes, sha256_file
+from asymlift.artifacts.files import human_bytes, plural, sha256_file
 from asymlift.artifacts.safetensors_stream import DTYPES, read_header, read_tensor
 from asymlift.data.ahead import read_ahead
 from asymlift.data.catalog import cut_to, shards_in
@@ -120,7 +120,7 @@ def _fault_of(reader: Reader, record: Record) -> BadSample | None:
 def _verify_shards(folder: Path) -> Verdict:
     """Every shard of a folder that has no manifest."""
     verdicts = [_verify_shard(path) for path in shards_in(folder)]
-    facts = [f"{len(verdicts)} shards"]
+    facts = [plural(len(verdicts), "shard")]
     facts += [f"{v.path.name}: {fact}" for v in verdicts for fact in v.facts]
     return Verdict(folder, "shards", facts, [text for v in verdicts for text in v.problems])
 

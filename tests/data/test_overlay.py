@@ -96,6 +96,13 @@ def test_caches_are_made_by_prepare_and_hold_no_pictures(tmp_path, shards):
         caches_of([shards[2], other])
 
 
+def test_a_cache_is_not_taken_for_training_data(tmp_path, shards):
+    catalog = Catalog([shards[2]], FIT)
+    assert len(catalog) == 0 and catalog.num_lost == 10
+    said = str(catalog.nothing_left("cache"))
+    assert said.startswith("cache: holds latents or embeddings without pictures; data.cache is")
+
+
 def test_two_keys_with_one_hash_are_told_apart(shards):
     caches = caches_of([shards[2]])
     same = replace(caches, hashes=np.sort(np.full(10, hash("other"))))

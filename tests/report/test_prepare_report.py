@@ -52,7 +52,7 @@ def test_without_pictures_and_without_rejects_these_parts_say_so():
 def test_missing_captions_and_what_would_help_are_said():
     html = page(num_without_caption=3, advice="smaller sides would keep 7 of 7")
     assert "3 of 1500 have no caption" in html and "<p>smaller sides would keep 7 of 7</p>" in html
-    assert "have no caption" not in page()
+    assert "have no caption" not in page() and "in 1 shard<" in page(num_shards=1)
 
 
 def test_long_tables_end_in_a_sum():

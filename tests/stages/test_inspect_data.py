@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from asymlift.cli import app
 from asymlift.data.buckets import place
+from asymlift.data.packing import pack
 from asymlift.data.pictures import encode_png
 from asymlift.data.reader import Reader
 from asymlift.data.records import LATENT, Sample
 from asymlift.data.table import Row, index_path, save_table, table_of
 from asymlift.data.writer import Packed, write_shard
-from asymlift.errors import BadData
+from asymlift.errors import BadData, CannotWrite
 from asymlift.stages.inspect_data import FIT, SMALLER
 from asymlift.stages.inspection import inspect_path
 from tests.data.small_shards import PNG, raw_tar
@@ -172,6 +173,45 @@ def test_the_command_writes_a_picture(tmp_path):
     assert f"contact sheet {tmp_path}/sheet.png" in " ".join(result.output.split())
     sheet = Image.open(BytesIO((tmp_path / "sheet.png").read_bytes()))
     assert sheet.format == "PNG" and sheet.width <= 2000
+
+
+@pytest.mark.parametrize("name", ["folder.png", "sheet.jpg", "sheet"])
+def test_a_picture_has_to_be_a_png_that_can_be_written(name, tmp_path):
+    write_shard(tmp_path / "a.tar", [full(0)])
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(CannotWrite, match=r"name a file that ends in \.png"):
+        inspect_path(tmp_path / "a.tar", tmp_path / name)
+    inspect_path(tmp_path / "a.tar", tmp_path / "new" / "folder" / "sheet.png")
+    assert (tmp_path / "new" / "folder" / "sheet.png").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match="cannot write here"):
+        inspect_path(tmp_path / "a.tar", tmp_path / "file" / "sheet.png")
+
+
+def test_a_look_leaves_nothing_beside_the_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYMLIFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "web").mkdir()
+    raw_tar(tmp_path / "web" / "a.tar", [("a.png", PNG), ("a.txt", b"x")])
+    inspect_path(tmp_path / "web")
+    assert [path.name for path in (tmp_path / "web").iterdir()] == ["a.tar"]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+
+
+def test_a_cache_is_no_broken_shard(tmp_path):
+    latent = full(0).latent
+    assert latent is not None
+    members = {LATENT: pack({"latent": latent}, "float16")}
+    write_shard(tmp_path / "0.tar", [Packed("a", members, 24, 16)], made={"vae": "x"})
+    rows = rows_of(tmp_path)
+    assert rows["pictures"] == "none: data.cache takes it"
+    assert rows["first key"] == "a" and rows["its latent"] == "[4, 4, 6] float16"
+    assert "its image" not in rows and inspect_path(tmp_path).facts["num_samples"] == 1
+
+
+def test_missing_captions_are_a_problem(tmp_path):
+    plain_picture(tmp_path / "a.png", 40, 40, "one")
+    plain_picture(tmp_path / "b.png", 40, 40)
+    assert inspect_path(tmp_path).problems == ["only 1 of 2 samples have a caption"]
 
 
 def test_no_picture_that_can_be_shown_is_an_error(tmp_path):

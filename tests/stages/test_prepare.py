@@ -46,6 +46,7 @@ from asymlift.stages.plans import (
 )
 from asymlift.stages.prepare import Share, prepare
 from asymlift.stages.prepare_work import agreed_layout
+from tests.data.small_shards import raw_tar
 from tests.stages.small_prepare import (
     RESIZE,
     caption_of,
@@ -876,6 +877,25 @@ def test_what_is_easily_overlooked_is_said(tmp_path):
     assert advice in (tmp_path / "out" / "prepare-report.html").read_text()
     again = command(path).output
     assert "12 of 15 have no caption" in again and advice in again
+
+
+def test_a_dry_run_and_an_estimate_leave_nothing_beside_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYMLIFT_CACHE", str(tmp_path / "cache"))
+    web = {f"{n}.png": encoded(draw(n)) for n in range(3)}
+    (tmp_path / "source").mkdir()
+    raw_tar(tmp_path / "source" / "web.tar", list(web.items()))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values_for(tmp_path)))
+    assert "pictures: 3" in command(path, "--dry-run").output
+    assert "3 pictures; of 3 looked at, 3 can be used" in command(path, "--estimate").output
+    assert [found.name for found in (tmp_path / "source").iterdir()] == ["web.tar"]
+
+
+def test_classes_that_nobody_gave_are_asked_for(tmp_path):
+    make_folder(tmp_path / "source", 2)
+    recipe = recipe_for(tmp_path, data={**RESIZE, "caption": {"source": "class"}})
+    with pytest.raises(BadData, match=r"no class label: 2\)[^$]*data\.caption\.labels says where"):
+        run(recipe)
 
 
 def test_labels_and_new_latents_miss_no_captions(folder, tmp_path):
