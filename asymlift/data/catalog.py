@@ -98,7 +98,8 @@ def expand(patterns: Patterns) -> Named:
         if count > 1:
             raise BadData(f"{twice}: this is listed twice")
     if shards and not any(path.is_file() for path in shards):
-        raise BadData(f"{shards[0]}: there is no such shard; is the path or range right?")
+        kind = "shard" if shards[0].suffix == ".tar" else "file or folder"
+        raise BadData(f"{shards[0]}: there is no such {kind}; is the path or range right?")
     return Named(shards, listings)
 
 
@@ -219,7 +220,13 @@ def listed(
 ) -> Listed:
     """The pictures of a folder or a table; `measure` reads the head of each."""
     faults: list[BadSample] = []
-    found = list_pictures(path, labels=labels, caption_lines=caption_lines, on_bad=faults.append)
+    found = list_pictures(
+        path,
+        labels=labels,
+        caption_lines=caption_lines,
+        on_bad=faults.append,
+        on_done=on_done if not measure else lambda count: None,
+    )
     records = found.records
     if measure:
         measured = list[Record]()

@@ -40,6 +40,8 @@ UNNAMED = "not in the metadata"
 FOLDER = "folder"  # labels that are names of folders
 MAX_LABEL = 999_999  # there is a class name for every number up to the largest label
 KEY_LENGTH = 120  # keys become file names, which may have 255 bytes with their endings
+NAMED = 2  # faults in a message
+TOLD = 1000  # pictures between two words about progress
 PARQUET_ROWS = 256  # that are in memory at a time, pictures included
 MAGIC = {".jpg": rb"\xff\xd8\xff", ".png": rb"\x89PNG\r\n\x1a\n", ".webp": rb"RIFF.{4}WEBP"}
 
@@ -83,13 +85,24 @@ def without_garbage_collection() -> Iterator[None]:
 
 @without_garbage_collection()
 def list_pictures(
-    path: Path, *, labels: str | None = None, caption_lines: bool = False, on_bad: OnBad
+    path: Path,
+    *,
+    labels: str | None = None,
+    caption_lines: bool = False,
+    on_bad: OnBad,
+    on_done: Callable[[int], None] = lambda count: None,
 ) -> Listing:
     """Records of a folder or a table; what cannot be one goes to `on_bad`.
 
     `labels` is "folder" (the first one below the root) or a column; with `caption_lines` every
     line of a .txt file is a caption.
     """
+    first = list[BadSample]()
+
+    def note(fault: BadSample) -> None:
+        first.extend([fault] if len(first) < NAMED else [])
+        on_bad(fault)
+
     if path.is_dir():
         table = metadata_of(path)
     elif path.is_file() and path.suffix.lower() in READERS:
@@ -103,19 +116,27 @@ def list_pictures(
                 f"{path}: labels are to come from column {labels!r}, but there is no metadata "
                 f"({choice(READERS)}); add one, or set labels to {FOLDER!r}"
             )
-        pictures = list(pictures_in_folder(path, labels, caption_lines, on_bad))
+        pictures = list(counted(pictures_in_folder(path, labels, caption_lines, note), on_done))
     else:
         named: set[str] = set()
-        pictures = list(pictures_in_table(table, labels, named, on_bad))
+        pictures = list(counted(pictures_in_table(table, labels, named, note), on_done))
         if table is not path:
             report_unnamed(path, named, on_bad)
     if not pictures:
-        raise BadData(
-            f"{path}: holds no pictures that can be used; pictures end in {choice(IMAGE_SUFFIXES)}"
-        )
+        said = f"{path}: holds no pictures that can be used"
+        if first:
+            raise BadData("\n".join([said, *map(str, first)]))
+        raise BadData(f"{said}; pictures end in {choice(IMAGE_SUFFIXES)}")
     class_names = name_classes({p.label for p in pictures if p.label is not None})
     about = describe(pictures, class_names, "table" if table is path else "folder", table)
     return Listing(make_records(pictures, class_names, on_bad), class_names, about)
+
+
+def counted(pictures: Iterable[Picture], on_done: Callable[[int], None]) -> Iterator[Picture]:
+    for number, picture in enumerate(pictures, start=1):
+        yield picture
+        if number % TOLD == 0:
+            on_done(TOLD)
 
 
 def describe(pictures: list[Picture], class_names: list[str], kind: str, table: Path | None) -> str:
@@ -369,15 +390,10 @@ def label_in(row: Row, column: str, where: str) -> int | str:
 
 
 def report_unnamed(root: Path, named: set[str], on_bad: OnBad) -> None:
-    left = [
-        prefix + entry.name
-        for prefix, entries in walk(root)
-        for entry in entries
-        if split(entry.name)[1] in IMAGE_SUFFIXES and prefix + entry.name not in named
-    ]
-    if left:
-        detail = f"{len(left)}, such as {shown(left[0])}"
-        on_bad(BadSample(shown(root), UNNAMED, detail, count=len(left)))
+    for prefix, entries in walk(root):
+        for entry in entries:
+            if split(entry.name)[1] in IMAGE_SUFFIXES and prefix + entry.name not in named:
+                on_bad(BadSample(shown(entry.path), UNNAMED))
 
 
 # ---- rows: (number, cells), one at a time ----------------------------------------------------

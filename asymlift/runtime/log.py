@@ -64,7 +64,7 @@ def is_live() -> bool:
 
 
 class Ticker:
-    """Progress of one activity; `tick` may be called as often as one likes."""
+    """Progress of one activity, of an unknown total if that is 0; tick as often as you like."""
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self.description, self.total, self.done, self.begun_at = description, total, done, done
@@ -80,7 +80,7 @@ class Ticker:
                 console=console,
                 transient=True,
             )
-            self.task = self.bar.add_task(description, total=total, completed=done, note="")
+            self.task = self.bar.add_task(description, total=total or None, completed=done, note="")
             self.bar.start()
 
     def tick(self, count: int = 1, note: str = "") -> None:
@@ -91,11 +91,12 @@ class Ticker:
         now = time.monotonic()
         if now - self.last_line >= PLAIN_INTERVAL:
             self.last_line = now
-            say(f"{self.description}: {self.done}/{self.total}{self.eta(now)} {note}".rstrip())
+            done = f"{self.done}/{self.total}" if self.total else str(self.done)
+            say(f"{self.description}: {done}{self.eta(now)} {note}".rstrip())
 
     def eta(self, now: float) -> str:
         made = self.done - self.begun_at
-        if made <= 0:
+        if made <= 0 or not self.total:
             return ""
         return f", {(now - self.started) / made * (self.total - self.done):.0f} s to go"
 

@@ -96,7 +96,13 @@ def find_work(
     for path in named.listings:
         caption = recipe.data.caption
         sources.append(
-            listed(path, labels=caption.labels, caption_lines=caption.lines, measure=False)
+            listed(
+                path,
+                labels=caption.labels,
+                caption_lines=caption.lines,
+                measure=False,
+                on_done=on_done,
+            )
         )
     prepared = [source.path for source in sources if source.made is not None]
     if prepared and len(prepared) < len(sources):

@@ -213,6 +213,26 @@ def test_file_names_cannot_speak_to_the_terminal(tmp_path):
 # ---- what is no listing at all ---------------------------------------------------------------
 
 
+def test_when_every_picture_is_refused_the_first_reasons_are_said(tmp_path):
+    pictures(tmp_path, "a.png", "b.png", "c.png")
+    table(tmp_path / "metadata.jsonl", [{"image": f"{name}.png"} for name in "abc"])
+    with pytest.raises(BadData) as caught:
+        list_pictures(tmp_path, labels="breed", on_bad=lambda fault: None)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}: holds no pictures that can be used",
+        f"{tmp_path}/a.png: no class label (column breed)",
+        f"{tmp_path}/b.png: no class label (column breed)",
+    ]
+
+
+def test_progress_is_told_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr("asymlift.data.listing.TOLD", 2)
+    pictures(tmp_path, *(f"{number}.png" for number in range(5)))
+    told: list[int] = []
+    list_pictures(tmp_path, on_bad=refuse, on_done=told.append)
+    assert told == [2, 2]
+
+
 def test_an_empty_folder_is_refused_and_the_known_endings_named(tmp_path):
     fill(tmp_path, **{"readme.md": "x"})
     with pytest.raises(BadData, match=r"holds no pictures .* \.png, \.jpg, \.jpeg or \.webp"):
@@ -278,13 +298,13 @@ def test_metadata_in_two_formats_is_refused(tmp_path):
         list_pictures(tmp_path, on_bad=refuse)
 
 
-def test_pictures_that_the_metadata_does_not_name_are_counted(tmp_path):
+def test_pictures_that_the_metadata_does_not_name_are_named(tmp_path):
     pictures(tmp_path, "a.png", "b.png", "sub/c.png", "note.gif", ".hidden.png")
     table(tmp_path / "metadata.jsonl", [{"image": "sub/../a.png"}])
-    listing, (fault,) = listed(tmp_path)
+    listing, faults = listed(tmp_path)
     assert sources(listing) == ["a.png"]
-    assert (fault.reason, fault.count) == ("not in the metadata", 2)
-    assert str(fault) == f"{tmp_path}: not in the metadata (2, such as b.png)"
+    names = [f"{tmp_path}/b.png", f"{tmp_path}/sub/c.png"]
+    assert list(map(str, faults)) == [f"{name}: not in the metadata" for name in names]
     _, told = listed(tmp_path / "metadata.jsonl")  # the table alone was asked for
     assert told == []
 

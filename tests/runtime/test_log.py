@@ -67,6 +67,19 @@ def test_a_document_is_all_that_stdout_gets(capsys, tmp_path):
 # ---- progress --------------------------------------------------------------------------------
 
 
+def test_of_an_unknown_total_only_what_is_done_is_said(capsys, monkeypatch):
+    clock = Clock(monkeypatch)
+    with progress("list pictures", 0) as ticker:
+        clock.now += 20
+        ticker.tick(1000)
+    assert capsys.readouterr().err == "list pictures: 1000\n"
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(log, "console", Console(file=io.StringIO(), force_terminal=True))
+    with progress("list pictures", 0) as ticker:
+        assert ticker.bar is not None and ticker.bar.tasks[0].total is None
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
     clock = Clock(monkeypatch)
     with progress("finetune", 100, done=20) as ticker:

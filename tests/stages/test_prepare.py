@@ -614,7 +614,7 @@ def test_out_and_source_keep_apart(folder, tmp_path):
 
 
 def test_no_source_and_an_empty_one_are_named(tmp_path):
-    with pytest.raises(BadData, match="there is no such shard"):
+    with pytest.raises(BadData, match="there is no such file or folder"):
         run(recipe_for(tmp_path))
     (tmp_path / "source").mkdir()
     with pytest.raises(BadData, match="holds no pictures that can be used"):
@@ -762,12 +762,13 @@ def test_rejects_are_counted_by_reason_and_named(tmp_path):
     assert any("left out: " in line for line in describe_preparation(report))
 
 
-def test_pictures_that_metadata_does_not_name_are_counted_as_many(tmp_path):
+def test_pictures_that_metadata_does_not_name_are_rejects_by_name(tmp_path):
     source = make_folder(tmp_path / "source", 6, captions=False)
     (source / "metadata.csv").write_text("file_name,text\n001.png,one\n002.png,two\n")
     report = run(recipe_for(tmp_path))
     assert report.rejected == {"not in the metadata": 4}
-    assert rejected(tmp_path / "out")[0]["count"] == 4
+    names = [Path(fault["sample"]).name for fault in rejected(tmp_path / "out")]
+    assert names == ["000.png", "003.png", "004.png", "005.png"]
 
 
 def test_a_key_that_comes_twice_counts_once(tmp_path):
