@@ -26,7 +26,7 @@ import torch
 from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Fit, Refusal, buckets, place, whole_patches
 from asymlift.data.captions import Choice, chosen_caption
-from asymlift.data.feed import PATIENCE, SLOW, Check, StepSamples, read_sample
+from asymlift.data.feed import GRACE, PATIENCE, SLOW, Check, StepSamples, read_sample
 from asymlift.data.order import generator
 from asymlift.data.reader import Reader
 from asymlift.data.records import LATENT, BadSample, OnBad, Record, Sample, inline
@@ -439,3 +439,4 @@ class StreamFeed:
         trace: TracebackType | None,
     ) -> None:
         self.closed.set()
+        self.thread.join(GRACE)  # what is inside a decoder when the interpreter ends may abort it
