@@ -71,6 +71,7 @@ class ExactFeed:
         self.catalog, self.order, self.share, self.reader = catalog, order, share, reader
         self.seed, self.choice, self.check = seed, choice, check
         self.on_slow, self.slow, self.patience = on_slow, slow, patience
+        self.gave_up = False  # on a sample of this step
         self.threads = Threads(max(1, workers))
         self.ahead = READ_AHEAD if workers else 0
         self.coming: dict[int, list[list[Reading | None]]] = {}
@@ -82,10 +83,11 @@ class ExactFeed:
             if wanted not in self.coming:
                 self.coming[wanted] = self.request(wanted)
         result = StepSamples(self.order.epoch_of(step))
+        self.gave_up = False
         for micro_batch in self.coming.pop(step):
             # One awakening for all: threads that work are slowed by those that are woken.
             last = [reading.future for reading in micro_batch if reading][-1:]
-            wait(last, min(self.slow, self.patience))
+            wait(last, min(self.slow, self.patience_left))
             read = [reading and self.wait(reading) for reading in micro_batch]
             result.faults += [item for item in read if isinstance(item, BadSample)]
             result.micro_batches.append(
@@ -113,17 +115,24 @@ class ExactFeed:
         )
         return read_sample(self.reader, record, choose, self.check)
 
+    @property
+    def patience_left(self) -> float:
+        """After one that hung, the rest of its step had as long: else a dead disk costs hours."""
+        return min(GRACE, self.patience) if self.gave_up else self.patience
+
     def wait(self, reading: "Reading") -> Sample | BadSample:
         """A sample that does not come is named, and in the end given up."""
         asked = time.monotonic()
         while True:
-            left = max(self.patience - reading.seconds, min(GRACE, self.patience))
+            left = max(self.patience_left - reading.seconds, min(GRACE, self.patience))
             try:
                 return reading.future.result(min(self.slow, left))
             except NotYet:
                 if reading.future.done():  # just now, or it is the reader's own exception
                     return reading.future.result()
-                if reading.seconds >= self.patience:
+                waited = max(reading.seconds, time.monotonic() - asked if self.gave_up else 0.0)
+                if waited >= self.patience_left:
+                    self.gave_up = True
                     self.threads.abandon(reading)
                     return BadSample(reading.where, "took too long to read", f"{self.patience:g} s")
                 self.on_slow(f"{reading.where}: {time.monotonic() - asked:.0f} s of waiting")

@@ -326,6 +326,20 @@ def test_a_reader_that_hangs_costs_its_sample_alone(catalog, order, workers):
         assert not thread.is_alive()  # nobody needs those that were replaced
 
 
+def test_a_disk_that_has_gone_costs_the_patience_once_a_step(catalog, monkeypatch):
+    """Not once for every sample that a thread can hang on: the other ranks are waiting."""
+    monkeypatch.setattr("asymlift.data.feed.GRACE", 0.02)
+    reader = Stuck(*(f"{number:06d}" for number in range(COUNT)))
+    order = Order(catalog.targets, COUNT, seed=3)
+    share = share_of(range(COUNT), 0, 1, 1)
+    started = time.monotonic()
+    with feed_of(catalog, order, share=share, reader=reader, workers=1, patience=0.5) as feed:
+        assert len(feed.step(0).faults) == COUNT
+        assert 0.5 < time.monotonic() - started < 0.5 * COUNT / 2
+        reader.let_go.set()
+        assert not feed.step(1).faults  # it is back
+
+
 def test_a_slow_reader_is_waited_for(catalog, order):
     class Slow(Reader):
         def image(self, record: Record):
