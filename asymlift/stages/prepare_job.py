@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from asymlift.data.buckets import suggestion
 from asymlift.data.catalog import TOO_SMALL, expand
 from asymlift.data.records import IMAGE_SUFFIXES, LATENT, BadSample, text_suffix
 from asymlift.data.tar import BLOCK
-from asymlift.errors import BadData, BadRecipe, CannotWrite
+from asymlift.errors import BadData, BadRecipe, CannotWrite, Unavailable
 from asymlift.families.base import Family, Geometry
 from asymlift.recipe import PrepareSection, Recipe
 from asymlift.runtime.log import progress, say
@@ -78,11 +79,30 @@ class Encoders:
 
     @torch.inference_mode()
     def latents(self, images: Tensor) -> Tensor:
-        return self.family.encode_latents(self.vae, images.to(self.device)).float().cpu()
+        height, width = images.shape[2:]
+        with enough_memory(f"{len(images)} pictures of {width} x {height}", self.device):
+            return self.family.encode_latents(self.vae, images.to(self.device)).float().cpu()
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> list[Embedding]:
-        return self.family.encode_prompt(self.pipeline, prompts, self.text_length)
+        with enough_memory(f"{len(prompts)} captions", self.device):
+            return self.family.encode_prompt(self.pipeline, prompts, self.text_length)
+
+
+@contextmanager
+def enough_memory(what: str, device: torch.device) -> Iterator[None]:
+    """An encoder that runs out of memory ends in what to change, not in a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        on_cpu = "can't allocate memory" in str(error)
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        raise Unavailable(
+            f"{what} at once do not fit into the memory of {device}: choose a smaller "
+            "prepare.batch; where one is too many already, smaller data.resize.sides or "
+            "model.text_length"
+        ) from None
 
 
 class Job:

@@ -197,8 +197,12 @@ def refuse_others(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
         name = differing[0]
+        was, now = found.get(name), wanted[name]
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            inner = next(key for key in (*now, *was) if was.get(key) != now.get(key))
+            name, was, now = f"{name}.{inner}", was.get(inner), now.get(inner)
         raise CannotWrite(
-            f"{out}: made with {TOLD.get(name, name)} {found.get(name)}, now {wanted[name]}.\n"
+            f"{out}: made with {TOLD.get(name, name)} {was}, now {now}.\n"
             "--overwrite begins anew; another prepare.out keeps both."
         )
 

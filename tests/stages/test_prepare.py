@@ -513,7 +513,10 @@ def test_the_first_of_ranks_does_not_wait_for_ever(folder, tmp_path, monkeypatch
 CHANGES = {
     "image": ({"image": "png"}, "made with image jpeg, now png"),
     "dtype": ({"latents": "float32"}, "made with latents float16, now float32"),
-    "size": ({"data": {"resize": {"sides": [16]}}}, r"made with resize .*\[32\].*, now .*\[16\]"),
+    "size": (
+        {"data": {"resize": {"sides": [16]}}},
+        r"made with resize\.sides \[32\], now \[16\]\.",
+    ),
     "batch": ({"batch": 3}, "made with batch 8, now 3"),
     "shards": ({"shard_samples": 9}, "made with shard_samples 8, now 9"),
 }
@@ -700,6 +703,25 @@ def test_a_vae_that_makes_nan_is_named_with_the_picture(folder, tmp_path):
     assert not shards(tmp_path / "out")
     job.maker.encode_latents = lambda images: torch.full((len(images), 4, 2, 2), 7e4)
     with pytest.raises(BadData, match=r"more than float16 can hold.*\n.*float32, bfloat16"):
+        prepare(job, Share(), overwrite=False)
+
+
+@pytest.mark.parametrize("part", ["encode_latents", "encode_prompt"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("CPU: can't allocate memory")]
+)
+def test_too_large_a_batch_says_what_to_change(part, error, folder, tmp_path):
+    recipe = recipe_for(tmp_path, folder / "source")
+    job = prepare_job(recipe)
+
+    def fail(*arguments):
+        raise error
+
+    job.encoders.family = replace(job.encoders.family, **{part: fail})
+    with pytest.raises(Unavailable, match=r"at once do not fit into .* smaller prepare\.batch"):
+        prepare(job, Share(), overwrite=False)
+    job.encoders.family = replace(job.encoders.family, **{part: lambda *a: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
         prepare(job, Share(), overwrite=False)
 
 
