@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,12 @@ def version(
         raise typer.Exit
 
 
+def following(verb: str, recipe: Path, overrides: list[str]) -> str:
+    """The command that comes next, of the same recipe with the same values changed."""
+    changed = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["asymlift", verb, str(recipe), *changed])
+
+
 def show_plan(recipe: Recipe, *, as_json: bool, checks: dict[str, Any]) -> None:
     """What --dry-run prints: the recipe with every default, and what was found."""
     resolved = json.loads(recipe.model_dump_json())
@@ -127,11 +134,14 @@ def prepare(
     if dry_run:
         show_plan(plan, as_json=as_json, checks=plans.check_prepare(plan))
     elif estimate:
-        plans.finish(plans.estimate_prepare(plan), f"asymlift prepare {recipe}", as_json=as_json)
+        plans.finish(
+            plans.estimate_prepare(plan), following("prepare", recipe, overrides), as_json=as_json
+        )
     else:
         report = plans.run_prepare(plan, share, overwrite=overwrite)
-        following = plans.after_prepare(plan, recipe) if report.complete else None
-        plans.finish(report, following, as_json=as_json)
+        fit = following("fit-basis", recipe, overrides)
+        then = plans.after_prepare(plan, fit) if report.complete else None
+        plans.finish(report, then, as_json=as_json)
 
 
 @command("fit-basis")
@@ -155,7 +165,7 @@ def fit_basis(
         show_plan(plan, as_json=as_json, checks=plans.check_fit_basis(plan))
         return
     report = plans.run_fit_basis(plan, accept_poor_fit=accept_poor_fit, overwrite=overwrite)
-    plans.finish(report, f"asymlift convert {recipe}", as_json=as_json)
+    plans.finish(report, following("convert", recipe, overrides), as_json=as_json)
 
 
 @command("convert")
@@ -180,7 +190,7 @@ def convert(
         show_plan(plan, as_json=as_json, checks=plans.check_convert(plan))
         return
     report = plans.run_convert(plan, verify=verify, overwrite=overwrite)
-    plans.finish(report, f"asymlift finetune {recipe}", as_json=as_json)
+    plans.finish(report, following("finetune", recipe, overrides), as_json=as_json)
 
 
 @command("finetune")
@@ -200,7 +210,8 @@ def finetune(
         show_plan(plan, as_json=as_json, checks=plans.check_finetune(plan))
         return
     report = plans.run_finetune(plan)
-    plans.finish(report, f'asymlift sample {recipe} --prompt "..."', as_json=as_json)
+    then = following("sample", recipe, overrides) + ' --prompt "..."'
+    plans.finish(report, then, as_json=as_json)
 
 
 @command("sample")

@@ -62,9 +62,9 @@ def prepare_job(recipe: Recipe, *, look_only: bool = False) -> Job:
     return Job(recipe, base, family, geometry, device, look_only=look_only)
 
 
-def after_prepare(recipe: Recipe, path: Path) -> str:
+def after_prepare(recipe: Recipe, following: str) -> str:
     """The next command, and before it what to set where the recipe does not read what was made."""
-    data, settings, following = recipe.data, settings_of(recipe), f"asymlift fit-basis {path}"
+    data, settings = recipe.data, settings_of(recipe)
     cached = settings.image == "none"
     key, given = ("cache", data.cache) if cached else ("train", data.train)
     if any(reads(p, Path(settings.out)) for p in (given, None if cached else data.validation)):

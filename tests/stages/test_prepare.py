@@ -879,7 +879,10 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(recipe_file, tmp_pat
     last = command(recipe_file, "--shard-index", 0, "--num-shards", 2)
     assert f"wrote {tmp_path}/out: 20 samples in 3 shards" in last.output
     assert f"next: set data.train to {tmp_path}/out (it is unused), then asymlift" in last.output
-    assert "already there: " in command(recipe_file).output
+    again = command(recipe_file, "--set", f"data.train=[{tmp_path}/out]").output
+    assert "already there: " in again
+    following = f"asymlift fit-basis {recipe_file} --set 'data.train=[{tmp_path}/out]'"
+    assert f"next: {following}" in again
 
 
 def test_what_is_easily_overlooked_is_said(tmp_path):
@@ -949,7 +952,7 @@ def test_what_comes_next_is_what_the_recipe_reads(data, settings, following, fol
     out = str(folder / "out")
     filled = yaml.safe_load(yaml.safe_dump(data).replace("OUT", out))
     recipe = recipe_for(folder, data={**RESIZE, "train": "unused", **filled}, **settings)
-    assert after_prepare(recipe, Path("r.yaml")) == following.replace("OUT", out)
+    assert after_prepare(recipe, "asymlift fit-basis r.yaml") == following.replace("OUT", out)
 
 
 def test_json_of_every_form(recipe_file, tmp_path):
