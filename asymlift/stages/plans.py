@@ -47,19 +47,29 @@ from asymlift.stages.sample_folder import Weights
 
 def run_prepare(recipe: Recipe, share: Share, *, overwrite: bool = False) -> PrepareReport:
     quiet_unless_first(dist.discover_tasks())
-    return prepare(prepare_job(recipe), share, overwrite=overwrite)
+    with stop_requests() as request:
+
+        def check_stop() -> None:
+            if request.reason is not None:
+                said = f"stopped by {request.reason}; finished shards are kept"
+                raise StoppedEarly(f"{said}: run the same command again to go on", request.exit)
+
+        job = prepare_job(recipe, check_stop=check_stop)
+        return prepare(job, share, overwrite=overwrite)
 
 
 def estimate_prepare(recipe: Recipe) -> Estimate:
     return prepare_job(recipe, look_only=True).estimate()
 
 
-def prepare_job(recipe: Recipe, *, look_only: bool = False) -> Job:
+def prepare_job(
+    recipe: Recipe, *, look_only: bool = False, check_stop: Callable[[], None] = lambda: None
+) -> Job:
     settings_of(recipe)
     base = base_folder(recipe)
     family, geometry = family_of(recipe, base)
     device = dist.device_for(dist.discover_tasks())
-    return Job(recipe, base, family, geometry, device, look_only=look_only)
+    return Job(recipe, base, family, geometry, device, look_only=look_only, check_stop=check_stop)
 
 
 def after_prepare(recipe: Recipe, following: str) -> str:

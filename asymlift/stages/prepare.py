@@ -110,6 +110,7 @@ def wait_for_others(job: Job, layout: Layout, missing: list[int]) -> None:
                 f"{job.out}: {plural(len(missing), 'shard')} of other tasks missing, and nothing "
                 f"has come for {PATIENCE:.0f} s; look what became of them, then run the same again"
             )
+        job.check_stop()
         time.sleep(POLL)
         missing = [number for number in missing if not is_whole(job, layout, number)]
 
@@ -122,6 +123,7 @@ def make_shards(job: Job, layout: Layout, share: Share) -> int:
     to_do = sum(len(layout.places(number)) for number in missing)
     with progress("prepare", total, total - to_do) as ticker:
         for number in missing:
+            job.check_stop()
             samples = one_shard(job, layout, number, ticker)
             table = write_shard(layout.path(job.out, number), samples, made=job.made)
             ticker.tick(0, f"{table.path.name}: {plural(len(table), 'sample')}")

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,12 +117,19 @@ class Job:
         device: torch.device,
         *,
         look_only: bool = False,  # nothing is written
+        check_stop: Callable[[], None] = lambda: None,  # raises where somebody asked to stop
     ) -> None:
+        self.check_stop = check_stop
         self.recipe, self.settings = recipe, settings_of(recipe)
         self.out = Path(self.settings.out)
         refuse_nesting(self.settings, self.out)
         with progress("list pictures", 0) as ticker:
-            self.work = find_work(recipe, ticker.tick, look_only=look_only)
+
+            def listed(count: int) -> None:
+                check_stop()
+                ticker.tick(count)
+
+            self.work = find_work(recipe, listed, look_only=look_only)
         self.as_stored = keeps_sizes(recipe, self.work)
         self.fit = fit_of(recipe.data.resize, geometry.pixel_patch)
         self.encoders = Encoders(base, family, recipe.model.text_length, device)
@@ -136,6 +143,7 @@ class Job:
             encode_latents=self.encoders.latents if with_latents else None,
             encode_texts=self.encoders.texts if with_text else None,
             workers=recipe.data.workers,
+            check_stop=check_stop,
         )
 
     def origin(self, base: Path, family: Family) -> dict[str, Any]:

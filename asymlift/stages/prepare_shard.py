@@ -75,7 +75,9 @@ class ShardMaker:
         encode_latents: EncodeLatents | None,
         encode_texts: EncodeTexts | None,
         workers: int,
+        check_stop: Callable[[], None] = lambda: None,  # raises where somebody asked to stop
     ) -> None:
+        self.check_stop = check_stop
         self.settings, self.fit, self.reader, self.workers = settings, fit, reader, workers
         self.plain_reader = reader if reader.prompt == "caption" else Reader()
         self.as_stored = as_stored
@@ -89,7 +91,7 @@ class ShardMaker:
         on_done: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Packed]:
         """The samples that can be used, in the order of their records."""
-        for read in batches(read_ahead(self.read, records, self.workers), CHUNK):
+        for read in batches(self.readings(records), CHUNK):
             yield from self.packed(sound(read, on_bad))
             on_done(len(read))
 
@@ -97,8 +99,13 @@ class ShardMaker:
         self, records: Iterable[Record], on_bad: Callable[[BadSample], None]
     ) -> Iterator[Picture]:
         """The same before anything is encoded."""
-        for read in read_ahead(self.read, records, self.workers):
+        for read in self.readings(records):
             yield from sound([read], on_bad)
+
+    def readings(self, records: Iterable[Record]) -> Iterator[Picture | BadSample]:
+        for read in read_ahead(self.read, records, self.workers):
+            self.check_stop()
+            yield read
 
     # ---- one picture -------------------------------------------------------------------------
 
@@ -165,6 +172,7 @@ class ShardMaker:
 
         for _, same in groupby(sorted(range(len(pictures)), key=size), key=size):
             for some in batches(same, self.settings.batch):
+                self.check_stop()
                 images = torch.stack([image_to_float(pictures[n].image) for n in some])
                 for number, latent in zip(some, self.encode_latents(images), strict=True):
                     where = pictures[number].record.where
@@ -179,6 +187,7 @@ class ShardMaker:
         known = {prompt: data for prompt in wanted if (data := self.texts.get(prompt)) is not None}
         dtype = dtype_of(self.settings.text)
         for some in batches([p for p in wanted if p not in known], self.settings.batch):
+            self.check_stop()
             # Always as many at once, or the bits of an embedding would depend on its company.
             filled = [*some, *[""] * (self.settings.batch - len(some))]
             for prompt, embedding in zip(some, self.encode_texts(filled), strict=False):

@@ -16,8 +16,9 @@ from asymlift.data.packing import unpack
 from asymlift.data.pictures import decode_image, image_to_float
 from asymlift.model.loading import load_pipeline
 from asymlift.recipe import Recipe, check_recipe
-from asymlift.stages.plans import base_folder, family_of, run_prepare
-from asymlift.stages.prepare import Share
+from asymlift.report.prepare_report import PrepareReport
+from asymlift.stages.plans import base_folder, family_of, prepare_job
+from asymlift.stages.prepare import Share, prepare
 
 RESIZE: dict[str, Any] = {"resize": {"sides": [32]}}
 WORDS = ("red", "teal", "blue", "green", "yellow")
@@ -49,8 +50,16 @@ def values_for(
     }
 
 
-def run(recipe: Recipe, number: int = 0, of: int = 1, **how: Any) -> Any:
-    return run_prepare(recipe, Share(number, of), **how)
+def run(
+    recipe: Recipe,
+    number: int = 0,
+    of: int = 1,
+    *,
+    together: bool = False,
+    overwrite: bool = False,
+) -> PrepareReport:
+    """As the command does it, but without its signal handlers: also in a thread."""
+    return prepare(prepare_job(recipe), Share(number, of, together=together), overwrite=overwrite)
 
 
 def draw(number: int, width: int = 40, height: int = 36) -> np.ndarray:

@@ -41,7 +41,6 @@ from asymlift.stages.plans import (
     describe_preparation,
     estimate_prepare,
     prepare_job,
-    run_prepare,
     share_for,
 )
 from asymlift.stages.prepare import Share, prepare
@@ -486,14 +485,12 @@ def test_a_task_that_is_running_is_not_started_twice(folder, tmp_path):
 def test_the_first_of_ranks_waits_for_the_others_and_finishes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "POLL", 0.01)
     recipe, reports = recipe_for(tmp_path, folder / "source"), []
-    first = Thread(
-        target=lambda: reports.append(run_prepare(recipe, Share(0, 2, together=True))), daemon=True
-    )
+    first = Thread(target=lambda: reports.append(run(recipe, 0, 2, together=True)), daemon=True)
     first.start()
     while len(shards(tmp_path / "out")) < 2:
         time.sleep(0.01)
     assert first.is_alive()
-    other = run_prepare(recipe, Share(1, 2, together=True))
+    other = run(recipe, 1, 2, together=True)
     first.join(60)
     assert not other.complete and other.num_missing == 0
     assert reports[0].complete
@@ -504,7 +501,7 @@ def test_the_first_of_ranks_does_not_wait_for_ever(folder, tmp_path, monkeypatch
     monkeypatch.setattr(stage, "POLL", 0.01)
     monkeypatch.setattr(stage, "PATIENCE", 0.1)
     with pytest.raises(StoppedEarly, match=r"1 shard of other tasks missing, and nothing has"):
-        run_prepare(recipe_for(tmp_path, folder / "source"), Share(0, 2, together=True))
+        run(recipe_for(tmp_path, folder / "source"), 0, 2, together=True)
 
 
 # ---- what is refused -------------------------------------------------------------------------
@@ -1037,7 +1034,7 @@ def start(recipe_file, *arguments, launch=(sys.executable, "-m")):
 
 @pytest.mark.parametrize(
     ("number", "exit_code", "message"),
-    [(signal.SIGTERM, 75, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+    [(signal.SIGTERM, 75, "stopped by SIGTERM"), (signal.SIGINT, 130, "stopped by Ctrl-C")],
 )
 def test_a_signal_stops_and_the_same_command_goes_on(number, exit_code, message, tmp_path):
     make_folder(tmp_path / "source", 150)
