@@ -76,7 +76,20 @@ def fail(error: UserError, *, as_json: bool) -> None:
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except SystemExit as leaving:
+        if is_one_of_a_group() and isinstance(leaving.code, int):
+            from asymlift.runtime import dist
+
+            dist.end_process(leaving.code)
+        raise
+
+
+def is_one_of_a_group() -> bool:
+    """Whether this process joined others; known without importing torch."""
+    found = sys.modules.get("torch.distributed")
+    return found is not None and bool(found.is_initialized())
 
 
 @app.callback(invoke_without_command=True)

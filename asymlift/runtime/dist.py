@@ -6,10 +6,11 @@ deepspeed), with the same command line.
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as td
@@ -114,6 +115,18 @@ def join(ranks: Ranks, device: torch.device, timeout: int) -> None:
 def leave() -> None:
     if td.is_initialized():
         td.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End a process that was one of a group, with this exit code and no other.
+
+    Python ends threads that are inside native code in a way that can abort the process (exit -6),
+    and job scripts branch on the code.
+    """
+    leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def first_does(ranks: Ranks, action: Callable[[], T]) -> T:

@@ -1,5 +1,8 @@
 """Ranks are what the launcher says; what it cannot mean is refused. Groups: test_engine.py."""
 
+import os
+import subprocess
+import sys
 from itertools import chain
 
 import pytest
@@ -141,3 +144,35 @@ def test_an_error_of_another_rank_keeps_its_message_and_its_exit_code():
     error = dist.again(dist.described(BadData("a shard is gone")))
 
     assert (str(error), error.exit) == ("a shard is gone", Exit.BAD_DATA)
+
+
+ENDING = """
+import sys, threading, time
+import torch
+from asymlift import cli
+from asymlift.runtime import dist
+
+def busy():
+    while True:
+        torch.randn(300, 300) @ torch.randn(300, 300)
+
+for _ in range(4):
+    threading.Thread(target=busy, daemon=True).start()
+dist.join(dist.Ranks(0, 1, 0), torch.device("cpu"), 10)
+
+def app():
+    print("said")
+    sys.exit(65)
+
+cli.app = app
+cli.main()
+"""
+
+
+def test_a_process_of_a_group_ends_with_its_own_code_whatever_its_threads_do():
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "said\n"
+    assert done.returncode == 65  # Python's own way out ends with -6 here

@@ -71,9 +71,10 @@ def main() -> None:
             )
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
-            sys.exit(int(error.exit))
+            dist.end_process(int(error.exit))
         if ranks.first:
             print("RESULT", json.dumps(summary(report)), flush=True)
+    dist.end_process(0)
 
 
 if __name__ == "__main__":

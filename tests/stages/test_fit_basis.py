@@ -573,7 +573,7 @@ def test_pictures_of_an_unusable_size_are_told_but_are_no_fault(made, tmp_path, 
     report, _, _ = fitted(plan_for(train, tmp_path / "run", max_bad_fraction=0.0))
     assert report.skipped == {} and report.num_images + report.num_judges == NUM_IMAGES
     said = " ".join(capsys.readouterr().err.split())
-    assert "left out, too small" in said and "and 6 more" in said
+    assert "9 left out, too small" in said and "and 7 more" in said
 
 
 def test_latents_are_missing_and_there_is_no_vae(images, tmp_path):

@@ -1001,6 +1001,7 @@ def test_a_launcher_gives_each_rank_its_share(monkeypatch):
 def test_tasks_of_srun_share_the_work_and_one_of_them_speaks(
     folder, recipe_file, tmp_path, monkeypatch
 ):
+    monkeypatch.delenv("RANK", raising=False)  # of a finetune in this process
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
     other = command(recipe_file, "--json")
@@ -1012,6 +1013,7 @@ def test_tasks_of_srun_share_the_work_and_one_of_them_speaks(
 
 
 def test_a_share_that_is_given_counts_more_than_the_launcher(recipe_file, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
     part = command(recipe_file, "--json", "--shard-index", 1, "--num-shards", 3)
