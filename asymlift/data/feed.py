@@ -1,6 +1,7 @@
 """Samples in training order, read ahead by threads; what is broken becomes an empty slot."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as NotYet
@@ -9,7 +10,7 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from asymlift.data.captions import Choice, chosen_caption
 from asymlift.data.catalog import Catalog
@@ -35,22 +36,29 @@ class StepSamples:
     faults: list[BadSample] = field(default_factory=list)
 
 
-class Feed(Protocol):
+class Feed(ABC):
     """One rank's share of every step."""
 
+    @abstractmethod
     def step(self, step: int) -> StepSamples: ...
 
-    def __enter__(self) -> Self: ...
+    @abstractmethod
+    def close(self) -> None:
+        """End the threads; what hangs ends with the process."""
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
-class ExactFeed:
+class ExactFeed(Feed):
     """Every sample once an epoch; the result does not depend on the number of threads or ranks."""
 
     def __init__(
@@ -110,10 +118,7 @@ class ExactFeed:
         return [[ask(slots[position]) for position in positions] for positions in self.share]
 
     def read(self, record: Record, epoch: int) -> Sample | BadSample:
-        choose = partial(
-            chosen_caption, choice=self.choice, seed=self.seed, epoch=epoch, key=record.key
-        )
-        return read_sample(self.reader, record, choose, self.check)
+        return read_sample(self.reader, record, self.check, self.choice, self.seed, epoch)
 
     @property
     def patience_left(self) -> float:
@@ -147,15 +152,7 @@ class ExactFeed:
         for micro_batch in (some for step in self.coming.values() for some in step):
             yield from filter(None, micro_batch)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for reading in self.read_ahead():
             reading.future.cancel()
         self.coming.clear()
@@ -231,8 +228,10 @@ class Threads:
 
 
 def read_sample(
-    reader: Reader, record: Record, choose: Callable[[Sequence[str]], int], check: Check
+    reader: Reader, record: Record, check: Check, choice: Choice, seed: int, epoch: int
 ) -> Sample | BadSample:
+    """A sample as an epoch trains on it, or why it cannot."""
+    choose = partial(chosen_caption, choice=choice, seed=seed, epoch=epoch, key=record.key)
     try:
         sample = reader.read(record, choose)
         check(record, sample)

@@ -14,19 +14,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from queue import Empty, Full, Queue
-from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import torch
 
 from asymlift.data.ahead import read_ahead
 from asymlift.data.buckets import Fit, Refusal, buckets, place, whole_patches
-from asymlift.data.captions import Choice, chosen_caption
-from asymlift.data.feed import GRACE, PATIENCE, SLOW, Check, StepSamples, read_sample
+from asymlift.data.captions import Choice
+from asymlift.data.feed import GRACE, PATIENCE, SLOW, Check, Feed, StepSamples, read_sample
 from asymlift.data.order import generator
 from asymlift.data.reader import Reader
 from asymlift.data.records import LATENT, BadSample, OnBad, Record, Sample, inline
@@ -335,7 +333,7 @@ def weight(record: Record) -> int:
 # ---- the feed ----------------------------------------------------------------------------------
 
 
-class StreamFeed:
+class StreamFeed(Feed):
     """Micro-batches of one size each, from a stream that a thread reads ahead."""
 
     def __init__(
@@ -410,10 +408,8 @@ class StreamFeed:
 
     def read(self, item: tuple[int, Record]) -> tuple[int, Sample | BadSample]:
         epoch, record = item
-        choose = partial(
-            chosen_caption, choice=self.choice, seed=self.seed, epoch=epoch, key=record.key
-        )
-        return epoch, read_sample(self.reader, record, choose, self.check)
+        sample = read_sample(self.reader, record, self.check, self.choice, self.seed, epoch)
+        return epoch, sample
 
     def step(self, step: int) -> StepSamples:
         """The next samples, whatever the step."""
@@ -429,14 +425,6 @@ class StreamFeed:
             return item
         raise BadData(f"data.train: the stream brought nothing for {self.patience:g} s")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.closed.set()
         self.thread.join(GRACE)  # what is inside a decoder when the interpreter ends may abort it

@@ -119,7 +119,6 @@ class ShardMaker:
         facts = self.reader.facts(record)
         captions = self.plain_reader.captions(record, facts)
         prompts = self.reader.captions(record, facts)
-        check_text(record, [*captions, *prompts])
         original = self.reader.stored_image(record)
         height, width = original.shape[1:]
         found = (
@@ -222,14 +221,6 @@ def sound(
         else:
             pictures.append(one)
     return pictures
-
-
-def check_text(record: Record, texts: Sequence[str]) -> None:
-    """JSON can spell half a character, which no file and no tokenizer takes."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise BadSample(record.where, "caption is not UTF-8") from None
 
 
 def packed_or_said(tensors: Embedding, dtype: Dtype, where: str) -> bytes:
