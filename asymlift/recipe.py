@@ -198,6 +198,7 @@ class LossSection(Section):
     weight: PositiveFloat = 10.0
     sigma_clamp: PositiveFloat = 0.05
     control_floor: PositiveFloat = 1e-4
+    skip_below: Share = 0.0  # samples that a pass weighs less on are left out of it
     student_floor: PositiveFloat = 1e-6
     reference_floor: PositiveFloat = 1e-4
     perceptual: PerceptualSection | None = PerceptualSection()
@@ -211,16 +212,19 @@ class TimeSection(Section):
     mean: float = 0.0
     std: PositiveFloat = 1.0
     mode_scale: float = 1.29  # of `mode` only
+    per_resolution: bool = False  # `shift` is that of 1024 x 1024, and grows with the side
+    stratified: bool = False  # the levels of a global batch are spread evenly
 
 
 class OptimizerSection(Section):
-    """AdamW, as published but in 32 bits."""
+    """AdamW, as published but in 32 bits; Muon takes the matrices, and leaves AdamW the rest."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
+    momentum: Decay = 0.95  # of `muon` only
     lr_scale: dict[str, PositiveFloat] = {"last": 10.0}  # by the words of `train.modules`, or lora
 
     @model_validator(mode="before")
@@ -254,12 +258,22 @@ class EmaSection(Section):
     gamma: PositiveFloat = 7.0
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     from_step: NonNegativeInt = 100
+    shard: Literal["auto", "always", "never"] = "auto"  # over the ranks; auto: if it is large
 
 
 class ZeroSection(Section):
     """DeepSpeed ZeRO: 0 plain data parallel, 1 optimizer, 2 and gradients, 3 and weights."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload: Literal["none", "optimizer", "all"] = "none"  # to the host; all: parameters too
+
+    @model_validator(mode="after")
+    def offload_has_something_to_move(self) -> Self:
+        if self.offload == "optimizer" and self.stage == 0:
+            raise ValueError("offload: optimizer needs stage 1, 2 or 3; stage 0 partitions nothing")
+        if self.offload == "all" and self.stage != 3:
+            raise ValueError("offload: all needs stage 3, which partitions the parameters")
+        return self
 
 
 class CheckpointSection(Section):
@@ -279,6 +293,14 @@ class PreviewSection(Section):
     guidance: NonNegativeFloat = 4.0
 
 
+class ValidationSection(Section):
+    """Held-out samples of `data.validation`, with fixed noise and noise levels."""
+
+    every: PositiveInt = 250
+    samples: PositiveInt = 64
+    levels: PositiveInt = 8  # noise levels per sample, at the middles of equal shares
+
+
 class FinetuneSection(Section):
     """One finetuning run."""
 
@@ -288,6 +310,7 @@ class FinetuneSection(Section):
     micro_batch: PositiveInt = 8  # per rank and forward
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the transformer's blocks
     train: Literal["full"] | TrainSection = TrainSection()
     loss: LossSection = LossSection()
     time: TimeSection = TimeSection()
@@ -298,6 +321,10 @@ class FinetuneSection(Section):
     zero: ZeroSection = ZeroSection()
     checkpoint: CheckpointSection = CheckpointSection()
     preview: PreviewSection | None = None
+    validation: ValidationSection | None = None
+    variance_every: NonNegativeInt = 50  # steps between measurements of gradient variance; 0: none
+    trackers: list[Literal["tensorboard", "wandb"]] = []  # beside metrics.jsonl
+    max_skipped: PositiveInt = 5  # updates in a row without finite gradients, before it ends
     timeout: PositiveInt = 600  # seconds that a rank waits for the others
 
     @model_validator(mode="after")
