@@ -141,20 +141,20 @@ def prepare(
 ) -> None:
     """Turn pictures with captions into training shards."""
     plan = load_recipe(recipe, overrides)
-    from asymlift.stages import plans
+    from asymlift.stages import verbs
 
-    share = plans.share_for(shard_index, num_shards)
+    share = verbs.share_for(shard_index, num_shards)
     if dry_run:
-        show_plan(plan, as_json=as_json, checks=plans.check_prepare(plan))
+        show_plan(plan, as_json=as_json, checks=verbs.check_prepare(plan))
     elif estimate:
-        plans.finish(
-            plans.estimate_prepare(plan), following("prepare", recipe, overrides), as_json=as_json
+        verbs.finish(
+            verbs.estimate_prepare(plan), following("prepare", recipe, overrides), as_json=as_json
         )
     else:
-        report = plans.run_prepare(plan, share, overwrite=overwrite)
+        report = verbs.run_prepare(plan, share, overwrite=overwrite)
         fit = following("fit-basis", recipe, overrides)
-        then = plans.after_prepare(plan, fit) if report.complete else None
-        plans.finish(report, then, as_json=as_json)
+        then = verbs.after_prepare(plan, fit) if report.complete else None
+        verbs.finish(report, then, as_json=as_json)
 
 
 @command("fit-basis")
@@ -172,13 +172,13 @@ def fit_basis(
 ) -> None:
     """Find the pixel subspace that matches the model's latents."""
     plan = load_recipe(recipe, overrides)
-    from asymlift.stages import plans
+    from asymlift.stages import verbs
 
     if dry_run:
-        show_plan(plan, as_json=as_json, checks=plans.check_fit_basis(plan))
+        show_plan(plan, as_json=as_json, checks=verbs.check_fit_basis(plan))
         return
-    report = plans.run_fit_basis(plan, accept_poor_fit=accept_poor_fit, overwrite=overwrite)
-    plans.finish(report, following("convert", recipe, overrides), as_json=as_json)
+    report = verbs.run_fit_basis(plan, accept_poor_fit=accept_poor_fit, overwrite=overwrite)
+    verbs.finish(report, following("convert", recipe, overrides), as_json=as_json)
 
 
 @command("convert")
@@ -197,13 +197,13 @@ def convert(
 ) -> None:
     """Lift the base model into pixels, through the basis; verifies itself."""
     plan = load_recipe(recipe, overrides)
-    from asymlift.stages import plans
+    from asymlift.stages import verbs
 
     if dry_run:
-        show_plan(plan, as_json=as_json, checks=plans.check_convert(plan))
+        show_plan(plan, as_json=as_json, checks=verbs.check_convert(plan))
         return
-    report = plans.run_convert(plan, verify=verify, overwrite=overwrite)
-    plans.finish(report, following("finetune", recipe, overrides), as_json=as_json)
+    report = verbs.run_convert(plan, verify=verify, overwrite=overwrite)
+    verbs.finish(report, following("finetune", recipe, overrides), as_json=as_json)
 
 
 @command("finetune")
@@ -217,14 +217,14 @@ def finetune(
 ) -> None:
     """Train the lifted model on the shards. Run again, it goes on."""
     plan = load_recipe(recipe, overrides)
-    from asymlift.stages import plans
+    from asymlift.stages import verbs
 
     if dry_run:
-        show_plan(plan, as_json=as_json, checks=plans.check_finetune(plan))
+        show_plan(plan, as_json=as_json, checks=verbs.check_finetune(plan))
         return
-    report = plans.run_finetune(plan)
+    report = verbs.run_finetune(plan)
     then = following("sample", recipe, overrides) + ' --prompt "..."'
-    plans.finish(report, then, as_json=as_json)
+    verbs.finish(report, then, as_json=as_json)
 
 
 @command("sample")
@@ -254,9 +254,9 @@ def sample(
 ) -> None:
     """Make pictures from prompts."""
     plan = load_recipe(recipe, overrides)
-    from asymlift.stages import plans
+    from asymlift.stages import verbs
 
-    request = plans.SampleRequest(
+    request = verbs.SampleRequest(
         prompts=tuple(prompt),
         prompts_file=prompts,
         weights=tuple(weights),
@@ -267,9 +267,9 @@ def sample(
         overwrite=overwrite,
     )
     if dry_run:
-        show_plan(plan, as_json=as_json, checks=plans.check_sample(plan, request))
+        show_plan(plan, as_json=as_json, checks=verbs.check_sample(plan, request))
         return
-    plans.finish(plans.run_sample(plan, request), None, as_json=as_json)
+    verbs.finish(verbs.run_sample(plan, request), None, as_json=as_json)
 
 
 @command("demo")

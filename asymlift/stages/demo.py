@@ -36,7 +36,8 @@ from asymlift.report.prepare_report import PrepareReport
 from asymlift.report.training_report import curve_sections
 from asymlift.runtime import log
 from asymlift.stages.convert import ConvertReport
-from asymlift.stages.plans import (
+from asymlift.stages.prepare import Share
+from asymlift.stages.verbs import (
     SampleRequest,
     describe_basis,
     describe_conversion,
@@ -47,7 +48,6 @@ from asymlift.stages.plans import (
     run_prepare,
     run_sample,
 )
-from asymlift.stages.prepare import Share
 
 WEAK, GOOD = "tiny", "tiny-good-vae"  # the embedded models
 PARTS = {"train": (0, 4096), "validation": (1, 256)}  # -> seed of the scenes, and how many

@@ -16,10 +16,10 @@ import torch
 
 from asymlift.artifacts.manifest import check_manifest
 from asymlift.errors import UserError
-from asymlift.stages.plans import prepare_job
 from asymlift.stages.prepare import Share, prepare
 from asymlift.stages.prepare_finish import whole
 from asymlift.stages.prepare_job import Job
+from asymlift.stages.verbs import prepare_job
 from tests.reliability.injector import Injector, quick_folder
 from tests.stages.small_prepare import content, make_folder, recipe_for, shards
 

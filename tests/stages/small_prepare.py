@@ -17,8 +17,8 @@ from asymlift.data.pictures import decode_image, image_to_float
 from asymlift.model.loading import load_pipeline
 from asymlift.recipe import Recipe, check_recipe
 from asymlift.report.prepare_report import PrepareReport
-from asymlift.stages.plans import base_folder, family_of, prepare_job
 from asymlift.stages.prepare import Share, prepare
+from asymlift.stages.verbs import base_folder, family_of, prepare_job
 
 RESIZE: dict[str, Any] = {"resize": {"sides": [32]}}
 WORDS = ("red", "teal", "blue", "green", "yellow")

@@ -20,7 +20,7 @@ from asymlift.embedded.scenes import Scenes, make_scenes
 from asymlift.families import FAMILIES
 from asymlift.model.loading import load_pipeline
 from asymlift.recipe import Recipe, check_recipe
-from asymlift.stages.plans import run_convert, run_fit_basis
+from asymlift.stages.verbs import run_convert, run_fit_basis
 
 DRIVER = Path(__file__).with_name("drive_finetune.py")
 ROOT = Path(__file__).parents[2]

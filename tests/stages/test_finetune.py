@@ -28,7 +28,7 @@ from asymlift.runtime.dist import Ranks
 from asymlift.stages.finetune import Run, accumulation_for, finetune
 from asymlift.stages.finetune_data import Encoders
 from asymlift.stages.inspection import inspect_path
-from asymlift.stages.plans import describe_finetune
+from asymlift.stages.verbs import describe_finetune
 from asymlift.stages.verify import verify
 from tests.stages.small_run import LORA, another_run, build, drive
 

@@ -36,15 +36,15 @@ from asymlift.stages import prepare as stage
 from asymlift.stages import prepare_finish, prepare_shard
 from asymlift.stages import prepare_job as prepare_job_module
 from asymlift.stages.open_data import fit_of
-from asymlift.stages.plans import (
+from asymlift.stages.prepare import Share, prepare
+from asymlift.stages.prepare_work import agreed_layout
+from asymlift.stages.verbs import (
     after_prepare,
     describe_preparation,
     estimate_prepare,
     prepare_job,
     share_for,
 )
-from asymlift.stages.prepare import Share, prepare
-from asymlift.stages.prepare_work import agreed_layout
 from tests.data.small_shards import raw_tar
 from tests.stages.small_prepare import (
     RESIZE,

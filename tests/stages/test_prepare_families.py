@@ -13,7 +13,7 @@ from asymlift.model.loading import load_pipeline
 from asymlift.recipe import check_recipe
 from asymlift.stages.finetune_data import check_sample
 from asymlift.stages.open_data import fit_of
-from asymlift.stages.plans import family_of
+from asymlift.stages.verbs import family_of
 from tests.stages.small_prepare import make_folder, run, values_for
 from tests.tiny import write_pipeline
 

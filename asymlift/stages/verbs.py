@@ -1,4 +1,4 @@
-"""From a recipe to each stage's plan, and from its report to what is printed."""
+"""The verbs of the command line: from a recipe to each stage and back to what is printed."""
 
 import dataclasses
 import hashlib
