@@ -1,7 +1,7 @@
 """finetune: lifted model + data -> checkpoints, previews and metrics.
 
-A step is a pure function of the weights and its number: data order, noise, noise level, dropped
-captions and adapter dropout follow from (seed, step, slot). State is what a checkpoint holds.
+The run is assembled here and led from step to step; finetune_step.py takes one. State is what a
+checkpoint holds.
 """
 
 import json
@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from asymlift.artifacts.checkpoint import Checkpoint, step_folder
 from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically, writing
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
-from asymlift.data.feed import Feed, StepSamples
-from asymlift.data.order import derive, share_of
-from asymlift.errors import BadData, BadRecipe, StoppedEarly, UserError
+from asymlift.data.feed import Feed
+from asymlift.errors import BadRecipe, StoppedEarly
 from asymlift.families import find_family
-from asymlift.maths.pace import karras_decay, learning_rate_factor
-from asymlift.model.batch import Place
 from asymlift.model.ema import Ema
 from asymlift.recipe import FinetuneSection, Recipe
 from asymlift.report.training_report import training_page
@@ -47,11 +43,10 @@ from asymlift.stages.finetune_data import Encoders, check_sample, open_training_
 from asymlift.stages.finetune_ledger import Ledger, by_reason, read_skipped
 from asymlift.stages.finetune_model import adapters_of, build_step
 from asymlift.stages.finetune_state import TrainingState, find_checkpoint
+from asymlift.stages.finetune_step import Trainer
 from asymlift.stages.locate import checkpoints_path, lifted_path
 from asymlift.stages.preview import Previews
 from asymlift.stages.provenance import library_versions
-
-MAX_SKIPPED = 5  # updates in a row without finite gradients
 
 
 @dataclass(frozen=True)
@@ -142,9 +137,6 @@ class Run:
         self.training = open_training_data(recipe, self.lifted, self.family, ranks)
         self.ledger = Ledger(self.folder, ranks, recipe.data.max_bad_fraction)
         self.training.enter_faults(self.ledger)
-        self.share = share_of(
-            range(self.settings.batch), ranks.rank, ranks.world, self.settings.micro_batch
-        )
         encoders = Encoders(self.lifted, self.family, recipe, ranks, device, self.training)
         self.maker = encoders.batch_maker(self.settings)
         self.previews = Previews.begin(recipe, self.lifted, self.family, ranks, device, encoders)
@@ -159,8 +151,10 @@ class Run:
         self.state = TrainingState(
             checkpoints_path(recipe), self.engine, self.ema, self.settings.checkpoint
         )
-        self.num_updates, self.skipped_in_a_row = 0, 0
         self.warn = kept_warnings(self.folder / "logs" / f"rank-{ranks.rank}.log")
+        self.trainer = Trainer(
+            self.settings, self.engine, self.ema, self.maker, self.training, self.ledger, self.warn
+        )
 
     def engine_settings(self, zero3: dict[str, int]) -> EngineSettings:
         use = self.settings
@@ -189,7 +183,7 @@ class Run:
             for step in range(begin, steps):
                 if self.ranks.first:
                     request.look_for_file(self.folder)
-                last, stop = self.one_step(step, feed, request)
+                last, stop = self.trainer.take(step, feed, request)
                 done = step + 1
                 if metrics is not None:
                     metrics.write(done, **last)
@@ -259,119 +253,12 @@ class Run:
         text = training_page(f"finetune {self.recipe.name}", lines, samples, reasons)
         write_bytes_atomically(self.folder / "finetune-report.html", text.encode())
 
-    def one_step(
-        self, step: int, feed: Feed, request: StopRequest
-    ) -> tuple[dict[str, float], str | None]:
-        """Train on one global batch; returns what is logged, and why to stop, if anybody asked."""
-        started = time.monotonic()
-        read, failure = StepSamples(0), None
-        try:
-            read = feed.step(step)
-        except UserError as error:  # of this rank; the others have to hear of it
-            failure = error
-        waited = time.monotonic() - started
-        num_good = sum(sample is not None for micro in read.micro_batches for sample in micro)
-        num_bad = sum(fault.count for fault in read.faults)
-        counts = torch.tensor(
-            [num_good, num_bad, request.reason is not None, failure is not None],
-            dtype=torch.float64,
-            device=self.device,
-        )
-        num_good, num_bad, num_asking, num_failed = (int(n) for n in dist.summed(counts).tolist())
-        if num_failed:
-            dist.share_error(self.ranks, failure)
-        self.ledger.note(read.faults, num_good, num_bad)
-        totals = self.gradients(step, read, num_good)
-        settings, skipped = self.settings, self.engine.num_skipped
-        factor = learning_rate_factor(
-            step,
-            settings.steps,
-            kind=settings.schedule.kind,
-            warmup=settings.schedule.warmup,
-            decay_from=settings.schedule.decay_from,
-            floor=settings.schedule.floor,
-        )
-        # Without a sample there is no gradient, and what came before must not move the weights.
-        rate = settings.optimizer.lr * factor if num_good else 0.0
-        clip = settings.clip
-        norm = self.engine.update(
-            {
-                role: rate * settings.optimizer.lr_scale.get(role, 1.0)
-                for role in set(self.trainable.roles.values())
-            },
-            clip.norm if clip and step >= clip.from_step else 0.0,
-        )
-        if self.guard(step, totals["loss"], norm, read, self.engine.num_skipped == skipped):
-            self.num_updates += 1
-            self.average()
-        logged = {
-            **totals,
-            "grad_norm": norm,
-            "lr": rate,
-            "epoch": self.training.epoch(step, read),
-            "samples": (step + 1) * settings.batch,
-            "bad_samples": self.ledger.num_bad,
-            "seconds": round(time.monotonic() - started, 4),
-            "seconds_waiting_for_data": round(waited, 4),
-        }
-        reason = (request.reason or "another rank") if num_asking else None
-        return logged, reason
-
-    def gradients(self, step: int, read: StepSamples, num_good: int) -> dict[str, float]:
-        """Forward and backward of every micro-batch; the means of what is logged."""
-        settings, patch = self.settings, self.lifted.geometry.pixel_patch
-        # DeepSpeed averages over micro-batches and ranks; the loss is a mean over good samples.
-        scale = self.accumulation * self.ranks.world / max(num_good, 1)
-        sums: dict[str, Tensor] = {}
-        for number, (positions, samples) in enumerate(
-            zip(self.share, read.micro_batches, strict=True)
-        ):
-            slots = [step * settings.batch + position for position in positions]
-            height, width = read.sizes[number]
-            grid = (height // patch, width // patch)
-            batch = self.maker.make(samples, Place(settings.seed, read.epoch, slots), grid)
-            torch.manual_seed(derive(settings.seed, "dropout", step, number, self.ranks.rank))
-            for name, value in self.engine.forward_backward(batch, scale).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value
-            if number < self.accumulation - 1:
-                self.engine.micro_step_done()
-        together = dist.summed(torch.stack([value.double() for value in sums.values()]))
-        means = (together / max(num_good, 1)).tolist()
-        return dict(zip(sums, means, strict=True))
-
     def show(self, step: int) -> None:
         """Pictures of the averaged weights, which sit in the model only while they are made."""
         assert self.previews is not None
         shards = self.ema.shards if self.ema else {}
         with self.engine.showing(shards):
             self.previews.show(step, self.step_module.student)
-
-    def average(self) -> None:
-        use = self.settings.ema
-        if self.ema is None or use is None:
-            return
-        since = self.num_updates - use.from_step
-        self.ema.update(
-            karras_decay(since, use.gamma)
-            if use.kind == "karras"
-            else (use.decay if since > 0 else 0.0)
-        )
-
-    def guard(self, step: int, loss: float, norm: float, read: StepSamples, applied: bool) -> bool:
-        """Whether the update was made; too many in a row that were left out end the run."""
-        if applied and math.isfinite(loss) and math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            return True
-        self.skipped_in_a_row += 1
-        keys = [s.key for micro in read.micro_batches for s in micro if s is not None]
-        said = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples {', '.join(keys[:8])}"
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise BadData(
-                f"{said}\n{MAX_SKIPPED} updates in a row were not finite; the last checkpoint is "
-                "from before: lower the learning rate, or look at these samples"
-            )
-        self.warn(f"{said}; the update was left out")
-        return False
 
     # --- state --------------------------------------------------------------------------------
 
@@ -406,21 +293,11 @@ class Run:
     def resume(self, found: Checkpoint) -> int:
         """Go on from a checkpoint; returns its step."""
         self.state.check(found, self.facts())
-        self.rehearse(found.step)
+        self.trainer.warm_up(found.step)
         self.state.restore(found)
-        self.num_updates = found.state["updates"]
+        self.trainer.num_updates = found.state["updates"]
         self.ledger.num_seen, self.ledger.num_bad = found.state["seen"], found.state["bad"]
         return found.step
-
-    def rehearse(self, step: int) -> None:
-        """One update that is thrown away: AdamW's state exists only after its first."""
-        empty = StepSamples(
-            0,
-            [[None] * len(positions) for positions in self.share],
-            [self.training.size(step)] * len(self.share),
-        )
-        self.gradients(step, empty, 0)
-        self.engine.update(dict.fromkeys(set(self.trainable.roles.values()), 0.0), 0.0)
 
     def announce(self, begin: int) -> None:
         settings = self.settings

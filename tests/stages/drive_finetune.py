@@ -20,6 +20,7 @@ from asymlift.errors import UserError
 from asymlift.recipe import load_recipe
 from asymlift.runtime import dist
 from asymlift.stages import finetune as stage
+from asymlift.stages.finetune_step import Trainer
 
 # With DeepSpeed's defaults a small model stays whole on every rank, and ZeRO-3 proves nothing.
 NOTHING_STAYS = {
@@ -32,15 +33,15 @@ NOTHING_STAYS = {
 
 def send_signals(ranks: dist.Ranks) -> None:
     rank, step, number = os.environ["SEND"].split()
-    gradients = stage.Run.gradients
+    gradients = Trainer.gradients
 
-    def then_signal(run: stage.Run, at: int, read: Any, num_good: int) -> dict[str, float]:
-        means = gradients(run, at, read, num_good)
+    def then_signal(trainer: Trainer, at: int, read: Any, num_good: int) -> dict[str, float]:
+        means = gradients(trainer, at, read, num_good)
         if ranks.rank == int(rank) and at == int(step) and num_good:
             os.kill(os.getpid(), getattr(signal, number))
         return means
 
-    stage.Run.gradients = then_signal  # type: ignore[method-assign]
+    Trainer.gradients = then_signal  # type: ignore[method-assign]
 
 
 def summary(report: stage.FinetuneReport) -> dict[str, Any]:

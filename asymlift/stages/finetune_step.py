@@ -1,0 +1,188 @@
+"""One global batch of a finetune: read it, make its gradients, update, average.
+
+A step is a pure function of the weights and its number: data order, noise, noise level, dropped
+captions and adapter dropout follow from (seed, step, slot).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asymlift.data.feed import Feed, StepSamples
+from asymlift.data.order import derive, share_of
+from asymlift.errors import BadData, UserError
+from asymlift.maths.pace import karras_decay, learning_rate_factor
+from asymlift.model.batch import BatchMaker, Place
+from asymlift.model.ema import Ema
+from asymlift.recipe import FinetuneSection
+from asymlift.runtime import dist
+from asymlift.runtime.dist import Ranks
+from asymlift.runtime.engine import Engine
+from asymlift.runtime.signals import StopRequest
+from asymlift.stages.finetune_data import TrainingData
+from asymlift.stages.finetune_ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Read:
+    """What this rank has of a global batch, and what all ranks together have."""
+
+    samples: StepSamples
+    num_good: int  # of all ranks
+    asked_to_stop: bool  # any rank
+    seconds: float  # that this rank waited
+
+
+class Trainer:
+    """One process's share of every step. Every rank has to call every method."""
+
+    def __init__(
+        self,
+        settings: FinetuneSection,
+        engine: Engine,
+        ema: Ema | None,
+        maker: BatchMaker,
+        training: TrainingData,
+        ledger: Ledger,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.settings, self.engine, self.ema, self.maker = settings, engine, ema, maker
+        self.training, self.ledger, self.warn = training, ledger, warn
+        self.ranks: Ranks = engine.ranks
+        self.share = share_of(
+            range(settings.batch), self.ranks.rank, self.ranks.world, settings.micro_batch
+        )
+        self.num_updates, self.skipped_in_a_row = 0, 0
+
+    def take(
+        self, step: int, feed: Feed, request: StopRequest
+    ) -> tuple[dict[str, float], str | None]:
+        """Train on one global batch; returns what is logged, and why to stop, if anybody asked."""
+        started, settings = time.monotonic(), self.settings
+        read = self.read(step, feed, request)
+        totals = self.gradients(step, read.samples, read.num_good)
+        skipped = self.engine.num_skipped
+        # Without a sample there is no gradient, and what came before must not move the weights.
+        rate = self.learning_rate(step) if read.num_good else 0.0
+        clip = settings.clip
+        norm = self.engine.update(
+            self.rates(rate), clip.norm if clip and step >= clip.from_step else 0.0
+        )
+        applied = self.engine.num_skipped == skipped
+        if self.guard(step, totals["loss"], norm, read.samples, applied):
+            self.num_updates += 1
+            self.average()
+        logged = {
+            **totals,
+            "grad_norm": norm,
+            "lr": rate,
+            "epoch": self.training.epoch(step, read.samples),
+            "samples": (step + 1) * settings.batch,
+            "bad_samples": self.ledger.num_bad,
+            "seconds": round(time.monotonic() - started, 4),
+            "seconds_waiting_for_data": round(read.seconds, 4),
+        }
+        reason = (request.reason or "another rank") if read.asked_to_stop else None
+        return logged, reason
+
+    def read(self, step: int, feed: Feed, request: StopRequest) -> Read:
+        """Wait for the samples, and agree with the other ranks on what there is."""
+        started = time.monotonic()
+        samples, failure = StepSamples(0), None
+        try:
+            samples = feed.step(step)
+        except UserError as error:  # of this rank; the others have to hear of it
+            failure = error
+        waited = time.monotonic() - started
+        num_good = sum(sample is not None for micro in samples.micro_batches for sample in micro)
+        num_bad = sum(fault.count for fault in samples.faults)
+        counts = torch.tensor(
+            [num_good, num_bad, request.reason is not None, failure is not None],
+            dtype=torch.float64,
+            device=self.maker.device,
+        )
+        num_good, num_bad, num_asking, num_failed = (int(n) for n in dist.summed(counts).tolist())
+        if num_failed:
+            dist.share_error(self.ranks, failure)
+        self.ledger.note(samples.faults, num_good, num_bad)
+        return Read(samples, num_good, num_asking > 0, waited)
+
+    def gradients(self, step: int, read: StepSamples, num_good: int) -> dict[str, float]:
+        """Forward and backward of every micro-batch; the means of what is logged."""
+        settings, patch = self.settings, self.maker.geometry.pixel_patch
+        # DeepSpeed averages over micro-batches and ranks; the loss is a mean over good samples.
+        scale = len(self.share) * self.ranks.world / max(num_good, 1)
+        sums: dict[str, Tensor] = {}
+        for number, (positions, samples) in enumerate(
+            zip(self.share, read.micro_batches, strict=True)
+        ):
+            slots = [step * settings.batch + position for position in positions]
+            height, width = read.sizes[number]
+            grid = (height // patch, width // patch)
+            batch = self.maker.make(samples, Place(settings.seed, read.epoch, slots), grid)
+            torch.manual_seed(derive(settings.seed, "dropout", step, number, self.ranks.rank))
+            for name, value in self.engine.forward_backward(batch, scale).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+            if number < len(self.share) - 1:
+                self.engine.micro_step_done()
+        together = dist.summed(torch.stack([value.double() for value in sums.values()]))
+        means = (together / max(num_good, 1)).tolist()
+        return dict(zip(sums, means, strict=True))
+
+    def learning_rate(self, step: int) -> float:
+        use = self.settings.schedule
+        return self.settings.optimizer.lr * learning_rate_factor(
+            step,
+            self.settings.steps,
+            kind=use.kind,
+            warmup=use.warmup,
+            decay_from=use.decay_from,
+            floor=use.floor,
+        )
+
+    def rates(self, rate: float) -> dict[str, float]:
+        """The learning rate of every role."""
+        scales = self.settings.optimizer.lr_scale
+        roles = set(self.engine.trainable.roles.values())
+        return {role: rate * scales.get(role, 1.0) for role in roles}
+
+    def average(self) -> None:
+        use = self.settings.ema
+        if self.ema is None or use is None:
+            return
+        since = self.num_updates - use.from_step
+        self.ema.update(
+            karras_decay(since, use.gamma)
+            if use.kind == "karras"
+            else (use.decay if since > 0 else 0.0)
+        )
+
+    def guard(self, step: int, loss: float, norm: float, read: StepSamples, applied: bool) -> bool:
+        """Whether the update was made; too many in a row that were left out end the run."""
+        if applied and math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += 1
+        keys = [s.key for micro in read.micro_batches for s in micro if s is not None]
+        said = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples {', '.join(keys[:8])}"
+        if self.skipped_in_a_row >= self.settings.max_skipped:
+            raise BadData(
+                f"{said}\n{self.skipped_in_a_row} updates in a row were not finite; the last "
+                "checkpoint is from before: lower the learning rate, or look at these samples"
+            )
+        self.warn(f"{said}; the update was left out")
+        return False
+
+    def warm_up(self, step: int) -> None:
+        """One update that is thrown away: AdamW's state exists only after its first."""
+        empty = StepSamples(
+            0,
+            [[None] * len(positions) for positions in self.share],
+            [self.training.size(step)] * len(self.share),
+        )
+        self.gradients(step, empty, 0)
+        self.engine.update(self.rates(0.0), 0.0)
