@@ -84,6 +84,13 @@ def main() -> None:
 
             dist.end_process(leaving.code)
         raise
+    except Exception as error:
+        if is_one_of_a_group():
+            from asymlift.runtime import dist
+
+            sys.excepthook(type(error), error, error.__traceback__)
+            dist.end_process(int(Exit.UNEXPECTED))
+        raise
 
 
 def is_one_of_a_group() -> bool:
@@ -95,6 +102,10 @@ def is_one_of_a_group() -> bool:
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    local_rank: Annotated[
+        # deepspeed puts it before the command; LOCAL_RANK says the same.
+        int | None, typer.Option("--local-rank", "--local_rank", hidden=True)
+    ] = None,
 ) -> None:
     if show:
         typer.echo(f"asymlift {__version__}")

@@ -51,6 +51,11 @@ def test_every_command_has_help(command):
     assert run(command, "--help").exit_code == Exit.DONE
 
 
+def test_what_deepspeed_puts_before_every_command_is_accepted_and_not_shown():
+    assert run("--local_rank=1", "finetune", "--help").exit_code == Exit.DONE
+    assert "local" not in run("--help").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -1,14 +1,13 @@
 """Ranks: who else runs this command, and how they agree.
 
-Every stage runs alone or under a launcher that sets RANK, WORLD_SIZE and LOCAL_RANK (torchrun,
-deepspeed), with the same command line.
+Every stage runs alone or under a launcher (launch.py), with the same command line.
 """
 
 import atexit
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -16,65 +15,33 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
-from asymlift.errors import Exit, UserError
+from asymlift.errors import Exit, Unavailable, UserError
+from asymlift.runtime.launch import SLURM, TORCH, meeting_point, ranks_in, task_launcher
+from asymlift.runtime.launch import Ranks as Ranks  # to everybody else this is where it lives
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all."""
-
-    rank: int
-    world: int
-    local: int
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-
 def discover() -> Ranks:
-    """Read the launcher's variables; without a launcher there is one rank."""
-    ranks = ranks_from(VARIABLES)
-    tasks = [os.environ.get(size, "1") for _, size, _ in OTHER_LAUNCHERS]
-    if "RANK" not in os.environ and any(count != "1" for count in tasks):
-        raise UserError(
-            f"a launcher started {max(tasks)} tasks, but RANK is not set: each would run alone. "
-            "Start with torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
-        )
+    """Who this process is; the variables that torch and DeepSpeed read are set if others were."""
+    ranks, launcher = ranks_in(os.environ), task_launcher(os.environ)
+    if launcher is None or TORCH.rank in os.environ:
+        return ranks
+    if launcher is SLURM and torch.cuda.device_count() == 1:
+        ranks = replace(ranks, local=0)  # --gpus-per-task: each task sees its own GPU alone
+    values = (str(value) for value in (ranks.rank, ranks.world, ranks.local))
+    os.environ.update(zip(TORCH.names, values, strict=True))
+    os.environ.update(meeting_point(os.environ, launcher))
     return ranks
 
 
 def discover_tasks() -> Ranks:
-    """Likewise for work that needs no process group: what srun and mpirun say is enough."""
-    for names in OTHER_LAUNCHERS:
-        if "RANK" not in os.environ and os.environ.get(names[1], "1") != "1":
-            task = ranks_from(names)
-            # Each may have been given a GPU of its own, or share one: nothing waits for another.
-            return replace(task, local=task.local % max(torch.cuda.device_count(), 1))
-    return discover()
-
-
-def ranks_from(names: tuple[str, str, str]) -> Ranks:
-    """From the variables that say rank, number of ranks and rank on this machine."""
-    rank, size, _ = names
-    try:
-        values = (int(os.environ.get(n, d)) for n, d in zip(names, "010", strict=True))
-        ranks = Ranks(*values)
-    except ValueError:
-        given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UserError(f"the launcher's variables are no numbers: {given}") from None
-    if not 0 <= ranks.rank < ranks.world:
-        raise UserError(f"{rank}={ranks.rank} is not below {size}={ranks.world}")
-    return ranks
-
-
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-OTHER_LAUNCHERS = (
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-)
+    """Likewise for work that needs no process group, and so no address."""
+    ranks = ranks_in(os.environ)
+    if task_launcher(os.environ) is None or TORCH.rank in os.environ:
+        return ranks
+    # Each may have been given a GPU of its own, or share one: nothing waits for another.
+    return replace(ranks, local=ranks.local % max(torch.cuda.device_count(), 1))
 
 
 def device_for(ranks: Ranks) -> torch.device:
@@ -96,20 +63,34 @@ def join(ranks: Ranks, device: torch.device, timeout: int) -> None:
     """
     if td.is_initialized():
         return
-    atexit.register(leave)
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
-    if "MASTER_ADDR" in os.environ:
-        td.init_process_group(backend, timeout=limit)
+    atexit.register(leave)
+    if ranks.world > 1 or "MASTER_ADDR" in os.environ:
+        join_others(ranks, backend, limit)
         return
-    if ranks.world > 1:
-        raise UserError(
-            f"WORLD_SIZE={ranks.world} but MASTER_ADDR is not set; "
-            "start with torchrun, which sets both"
-        )
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     store = td.HashStore()  # type: ignore[attr-defined]
     td.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+
+
+def join_others(ranks: Ranks, backend: str, limit: timedelta) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE={ranks.world}, but {name} is not set: the ranks cannot find each "
+                f"other.\nStart with torchrun, or set it (mpirun: -x {name}=...)"
+            )
+    try:
+        td.init_process_group(backend, timeout=limit)
+    except td.DistError as error:
+        said = str(error).splitlines()[0][:200]
+        raise Unavailable(
+            f"rank {ranks.rank} of {ranks.world} could not join the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({said}).\n"
+            f"All ranks have to start within {limit.total_seconds():.0f} s; if another program "
+            "uses the port, set MASTER_PORT"
+        ) from error
 
 
 def leave() -> None:
@@ -121,9 +102,11 @@ def end_process(code: int) -> NoReturn:
     """End a process that was one of a group, with this exit code and no other.
 
     Python ends threads that are inside native code in a way that can abort the process (exit -6),
-    and job scripts branch on the code.
+    and job scripts branch on the code. After a failure the others may be gone: nobody is waited
+    for.
     """
-    leave()
+    if code == Exit.DONE:
+        leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
