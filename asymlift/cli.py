@@ -5,6 +5,7 @@ import functools
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ import typer
 from asymlift import __version__
 from asymlift.errors import Exit, StoppedEarly, UserError
 from asymlift.recipe import Recipe, load_recipe
+from asymlift.redact import redacted, redacted_values
 from asymlift.runtime import log
 from asymlift.runtime.signals import raising_on_signals
 
@@ -21,7 +23,7 @@ app = typer.Typer(
     name="asymlift",
     help="Turn a latent flow image model into a pixel-space model that beats it.",
     no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,  # a traceback is ours to show: see `main`
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -84,13 +86,13 @@ def main() -> None:
 
             dist.end_process(leaving.code)
         raise
-    except Exception as error:
+    except Exception:
+        sys.stderr.write(redacted(traceback.format_exc()))
         if is_one_of_a_group():
             from asymlift.runtime import dist
 
-            sys.excepthook(type(error), error, error.__traceback__)
             dist.end_process(int(Exit.UNEXPECTED))
-        raise
+        raise SystemExit(int(Exit.UNEXPECTED)) from None
 
 
 def is_one_of_a_group() -> bool:
@@ -126,7 +128,8 @@ def show_plan(recipe: Recipe, *, as_json: bool, checks: dict[str, Any]) -> None:
         return
     import yaml
 
-    typer.echo(yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100))
+    clean = redacted_values(resolved)
+    log.answer(yaml.safe_dump(clean, sort_keys=False, default_flow_style=None, width=100))
     for name, value in checks.items():
         log.say(f"{name}: {value}")
 
@@ -324,11 +327,11 @@ def inspect(
         log.print_json(dataclasses.asdict(found))
         return
     width = max((len(label) for label, _ in found.rows), default=0)
-    typer.echo(f"{found.kind}: {found.title}")
+    log.answer(f"{found.kind}: {found.title}")
     for label, value in found.rows:
-        typer.echo(f"  {label:<{width}}  {value}")
+        log.answer(f"  {label:<{width}}  {value}")
     for problem in found.problems:
-        typer.echo(f"  problem: {problem}")
+        log.answer(f"  problem: {problem}")
 
 
 @command("verify")
@@ -348,9 +351,9 @@ def verify(
     if as_json:
         log.print_json(dataclasses.asdict(verdict))
     else:
-        typer.echo(f"{path}: {verdict.kind}, {'not whole' if verdict.problems else 'whole'}")
+        log.answer(f"{path}: {verdict.kind}, {'not whole' if verdict.problems else 'whole'}")
         for line in [*verdict.facts, *(f"problem: {text}" for text in verdict.problems)]:
-            typer.echo(f"  {line}")
+            log.answer(f"  {line}")
     if verdict.problems:
         raise typer.Exit(int(Exit.BAD_DATA))
 

@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+from asymlift.redact import redacted
+
 
 class Exit(IntEnum):
     """Exit codes, in the style of sysexits.h, so that job scripts can branch on them."""
@@ -18,9 +20,12 @@ class Exit(IntEnum):
 
 
 class UserError(Exception):
-    """What was given, why it cannot be, what to do."""
+    """What was given, why it cannot be, what to do; without the secrets that were given."""
 
     exit: Exit = Exit.UNEXPECTED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class BadData(UserError):

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from asymlift.errors import BadData
+from asymlift.redact import redacted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CAPTION = ".txt"
@@ -34,7 +35,7 @@ class BadSample(BadData):
 
     def __init__(self, where: str, reason: str, detail: str = "", *, count: int = 1) -> None:
         super().__init__(f"{where}: {reason} ({detail})" if detail else f"{where}: {reason}")
-        self.where, self.reason, self.detail = where, reason, detail
+        self.where, self.reason, self.detail = redacted(where), reason, redacted(detail)
         self.count = count  # samples that are lost with it; more than one for a whole shard
 
     @property

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asymlift.artifacts.files import write_bytes_atomically, writing
+from asymlift.redact import redacted, redacted_values
 
 Item = TypeVar("Item")
 
@@ -33,17 +34,17 @@ def set_verbosity(level: int) -> None:
 
 
 def say(text: str, *, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False)
+    console.print(redacted(text), style=style, markup=False)
 
 
 def detail(text: str) -> None:
     """A line for -v only."""
     if verbosity > 0:
-        console.print(text, style="dim", markup=False)
+        console.print(redacted(text), style="dim", markup=False)
 
 
 def warn(text: str) -> None:
-    console.print(f"warning: {text}", style="yellow", markup=False)
+    console.print(f"warning: {redacted(text)}", style="yellow", markup=False)
 
 
 def kept_warnings(path: Path) -> Callable[[str], None]:
@@ -54,7 +55,7 @@ def kept_warnings(path: Path) -> Callable[[str], None]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
 
     return keep
 
@@ -154,6 +155,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def answer(text: str) -> None:
+    """A line on stdout: what a command was asked for."""
+    sys.stdout.write(f"{redacted(text)}\n")
+
+
 def print_json(document: Any) -> None:
-    json.dump(document, sys.stdout, indent=2, default=str)
+    json.dump(redacted_values(document), sys.stdout, indent=2, default=str)
     sys.stdout.write("\n")

@@ -13,6 +13,7 @@ from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.errors import CannotWrite
 from asymlift.recipe import Recipe
+from asymlift.redact import redacted_values
 
 LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "lpips", "safetensors")
 CONFIG, RUN = "config.yaml", "run.json"
@@ -30,14 +31,14 @@ def library_versions() -> dict[str, str]:
 
 
 def record(recipe: Recipe, command: str) -> None:
-    """Write config.yaml, and add the command to run.json."""
+    """Write config.yaml, without the secrets of the recipe, and add the command to run.json."""
     folder = recipe.run_folder
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError:  # a file system that makes no folders
             raise CannotWrite(f"{folder}: cannot be made; choose another `runs` folder") from None
-    resolved = json.loads(recipe.model_dump_json())
+    resolved = redacted_values(json.loads(recipe.model_dump_json()))
     text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
     write_bytes_atomically(folder / CONFIG, text.encode())
     entry = {
