@@ -77,6 +77,9 @@ class Family:
     decode_latents: Callable[[Any, Tensor], Tensor]  # and back, clamped to [-1, 1]
     encode_prompt: Callable[[Any, Sequence[str], int | None], list[dict[str, Tensor]]]
     collate: Callable[[Sequence[Mapping[str, Tensor]]], Text]
+    text_shapes: Callable[
+        [Config, int | None], dict[str, tuple[int, ...]]
+    ]  # (transformer config, words or the pipeline's own number) -> of one prompt's embedding
     base_shift: Callable[
         [Config, int], float
     ]  # (scheduler config, tokens) -> the base's time shift

@@ -26,6 +26,7 @@ from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 PATCH = 2  # the pipelines pack 2 x 2 latent cells into a token, whatever the config says
 DISTILLED_GUIDANCE = 4.0  # the pipeline's default for dev, which is told its guidance scale
+LENGTH = 512  # words that the pipelines pad a prompt to
 DEFAULT_STEPS = 50  # of the klein pipeline; below 4300 tokens the time shift depends on it
 
 
@@ -122,6 +123,9 @@ FLUX2 = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=stack_text,
+    text_shapes=lambda config, length: {
+        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
+    },
     base_shift=base_shift,
     lora_targets=(  # as published
         "transformer_blocks.*.ff.linear_in",

@@ -23,6 +23,8 @@ from asymlift.families.base import (
 )
 from asymlift.families.text import stack_text
 
+CLIP_LENGTH, T5_LENGTH = 77, 256  # words that the pipeline pads a prompt to
+
 
 def geometry(transformer: Config, vae: Config) -> Geometry:
     """Read the sizes off the two configs."""
@@ -81,6 +83,13 @@ SD3 = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=stack_text,
+    text_shapes=lambda config, length: {
+        "encoder_hidden_states": (
+            CLIP_LENGTH + (length or T5_LENGTH),
+            setting(config, "joint_attention_dim"),
+        ),
+        "pooled_projections": (setting(config, "pooled_projection_dim"),),
+    },
     base_shift=base_shift,
     lora_targets=(
         "transformer_blocks.*.ff.net.0.proj",

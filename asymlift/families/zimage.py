@@ -23,6 +23,7 @@ from asymlift.families.base import (
 )
 from asymlift.families.text import ragged_text
 
+LENGTH = 512  # words of the longest prompt
 PATCH = 2  # part of the maps' paths, and the class's default
 
 
@@ -78,6 +79,9 @@ ZIMAGE = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=ragged_text,
+    text_shapes=lambda config, length: {
+        "cap_feats": (length or LENGTH, setting(config, "cap_feat_dim"))
+    },
     base_shift=base_shift,
     lora_targets=(
         "layers.*.feed_forward.w*",  # w1, w2, w3

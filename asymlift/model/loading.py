@@ -3,7 +3,7 @@
 Never from the network, never a pickle, never code that came with the checkpoint.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,17 @@ def load_transformer(
         net.load_state_dict(_read_tensors(path, header.tensors, dtype), strict=False, assign=True)
     if isinstance(dtype, torch.dtype):
         net.to(dtype)
+    return net.eval()
+
+
+def weightless_transformer(
+    config: Mapping[str, Any], family: Family, dtype_of: Callable[[str], torch.dtype]
+) -> nn.Module:
+    """Return the family's stock class on the meta device: shapes and dtypes, nothing to hold."""
+    with torch.device("meta"):
+        net: nn.Module = _transformer_class(family).from_config(config)
+    for name, parameter in net.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(name))
     return net.eval()
 
 

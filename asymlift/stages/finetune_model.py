@@ -1,9 +1,11 @@
 """What a finetune trains: the lifted model, its reference and its losses."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.data.order import derive
@@ -40,6 +42,19 @@ def build_step(
         )
         return PixelFlow(net, family, lifted.geometry, lifted.A, lifted.s, precision)
 
+    perceptual = load_perceptual(settings, device)
+    step, trainable = assemble_step(settings, family, load, lifted.color.decode, perceptual)
+    return step.to(device), trainable
+
+
+def assemble_step(
+    settings: FinetuneSection,
+    family: Family,
+    load: Callable[[], PixelFlow],
+    to_picture: Callable[[Tensor], Tensor],
+    perceptual: Perceptual | None,
+) -> tuple[TrainingStep, Trainable]:
+    """What `load` returns, made trainable as the recipe says, wherever its weights are."""
     reduces = settings.loss.kind == "variance_reduced"
     student = load()
     if settings.train == "full":
@@ -59,14 +74,8 @@ def build_step(
     if settings.gradient_checkpointing:
         net: Any = student.net
         net.enable_gradient_checkpointing()
-    step = TrainingStep(
-        student,
-        reference,
-        loss_constants(settings, reduces),
-        to_picture=lifted.color.decode,
-        perceptual=load_perceptual(settings, device),
-    )
-    return step.to(device), trainable
+    constants = loss_constants(settings, reduces)
+    return TrainingStep(student, reference, constants, to_picture, perceptual), trainable
 
 
 def loss_constants(settings: FinetuneSection, reduces_variance: bool) -> LossConstants:

@@ -298,3 +298,19 @@ def test_the_vae_factor_is_that_of_the_real_vae(name):
     """Levels halve the picture, but for the last."""
     z = FAMILIES[name].encode_latents(tiny_vae(name), torch.zeros(1, 3, 32, 48))
     assert z.shape == (1, VAE_SIZES["latent_channels"], 32 // 4, 48 // 4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_embeddings_have_the_stated_shapes(name):
+    """Only CLIP's length, which a checkpoint may choose, is that of the published ones."""
+    family, pipeline = FAMILIES[name], tiny_pipeline(name)
+    made = family.encode_prompt(pipeline, ["a cat"], 24)[0]
+    stated = family.text_shapes(pipeline.transformer.config, 24)
+    assert made.keys() == stated.keys()
+    for key, tensor in made.items():
+        *length, width = stated[key]
+        assert tensor.ndim == len(stated[key])
+        assert tensor.shape[-1] == width
+        if name != "sd3" and length:
+            assert tensor.shape[0] <= length[0]
+            assert name == "zimage" or tensor.shape[0] == length[0]
