@@ -48,7 +48,7 @@ def load_lpips(net: str, weights: str | None, *, seed: int) -> Lpips:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Lpips(net)
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
+    path = backbone_path(net, weights)
     if not path.is_file():
         raise Unavailable(
             f"{path}: the {net} backbone of LPIPS is not there; download torchvision's "
@@ -57,6 +57,11 @@ def load_lpips(net: str, weights: str | None, *, seed: int) -> Lpips:
     model = Lpips(net)
     load_backbone(model, path)
     return model
+
+
+def backbone_path(net: str, weights: str | None) -> Path:
+    """The file that is named, or where torch hub would have put it."""
+    return Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
 
 
 def load_backbone(model: Lpips, path: Path) -> None:

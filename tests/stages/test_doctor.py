@@ -13,9 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from asymlift.errors import BadData
+from asymlift.recipe import check_recipe
 from asymlift.runtime import torchvision_shim
-from asymlift.stages import doctor
-from asymlift.stages.doctor import Check, as_json, examine, guarded, is_fit, package, render
+from asymlift.stages import doctor_machine, doctor_packages, doctor_recipe
+from asymlift.stages.doctor import as_json, examine, guarded, is_fit, render
+from asymlift.stages.doctor_check import Check
+from asymlift.stages.doctor_packages import package
 
 GIB = 2**30
 
@@ -35,13 +39,13 @@ def only(look):
 def test_everything_is_looked_at_and_the_packages_of_this_machine_are_fit():
     checks = examine()
     names = [check.name for check in checks]
-    assert names[: len(doctor.TESTED)] == list(doctor.TESTED)
+    assert names[: len(doctor_packages.TESTED)] == list(doctor_packages.TESTED)
     assert {"deepspeed accelerator", "memory", "disk", "launcher"} <= set(names)
-    assert [c for c in checks if c.name in doctor.TESTED and c.status == "fail"] == []
+    assert [c for c in checks if c.name in doctor_packages.TESTED and c.status == "fail"] == []
 
 
 def test_the_table_of_tested_versions_has_all_that_pyproject_requires():
-    assert set(doctor.lowest_versions()) == set(doctor.TESTED) - {"python"}
+    assert set(doctor_packages.lowest_versions()) == set(doctor_packages.TESTED) - {"python"}
 
 
 def test_people_and_programs_read_the_same():
@@ -78,7 +82,7 @@ def test_a_package_that_breaks_on_import_is_one_line(monkeypatch, error):
     def broken(name):
         raise error
 
-    monkeypatch.setattr(doctor, "import_quietly", broken)
+    monkeypatch.setattr(doctor_packages, "import_quietly", broken)
     check = only(lambda: package("lpips"))
     assert check.status == "fail"
     assert f"does not import: {type(error).__name__}" in check.found
@@ -144,21 +148,21 @@ def test_without_torch_everything_is_still_said():
 
 def test_a_driver_beside_a_cpu_build_of_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "DRIVER", tmp_path)
+    monkeypatch.setattr(doctor_machine, "DRIVER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
-    check = only(doctor.accelerator)
+    check = only(doctor_machine.accelerator)
     assert check.status == "fail"
     assert "built for the CPU" in check.found
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    check = only(doctor.accelerator)
+    check = only(doctor_machine.accelerator)
     assert (check.status, "sees no GPU" in check.found) == ("fail", True)
 
 
 def test_a_machine_without_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
-    check = only(doctor.accelerator)
+    monkeypatch.setattr(doctor_machine, "DRIVER", tmp_path / "none")
+    check = only(doctor_machine.accelerator)
     assert check.status == "warn"
     assert "finetuning a large model needs GPUs" in check.remedy
 
@@ -178,7 +182,7 @@ def test_gpus(monkeypatch, major, free, total, status, said):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free * GIB, total * GIB))
-    checks = list(doctor.accelerator())
+    checks = list(doctor_machine.accelerator())
     assert [check.name for check in checks] == ["GPU 0", "GPU 1"]
     assert checks[0].status == status
     assert f"{total:.1f} GiB" in checks[0].found
@@ -186,14 +190,14 @@ def test_gpus(monkeypatch, major, free, total, status, said):
 
 
 def test_deepspeed_on_another_accelerator_than_torch(monkeypatch):
-    only(doctor.deepspeed_accelerator)  # imported, so that there is something to patch
+    only(doctor_machine.deepspeed_accelerator)  # imported, so that there is something to patch
     import deepspeed.accelerator
 
     monkeypatch.setattr(
         deepspeed.accelerator, "get_accelerator", lambda: SimpleNamespace(_name="xpu")
     )
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")
-    check = only(doctor.deepspeed_accelerator)
+    check = only(doctor_machine.deepspeed_accelerator)
     assert check.status == "fail"
     assert check.remedy == "unset DS_ACCELERATOR"
 
@@ -202,28 +206,79 @@ def test_a_lock_that_a_killed_build_left_behind(tmp_path):
     operator = tmp_path / "extensions" / "py311_cpu" / "deepspeed_shm_comm"
     operator.mkdir(parents=True)
     (operator / "lock").touch()
-    assert [check.status for check in doctor.compiled_operators()] == ["ok", "warn"]
+    assert [check.status for check in doctor_machine.compiled_operators()] == ["ok", "warn"]
 
     os.utime(operator / "lock", (0, time.time() - 3600))
-    stale = list(doctor.compiled_operators())[1]
+    stale = list(doctor_machine.compiled_operators())[1]
     assert stale.status == "fail"
     assert "60 minutes old" in stale.found
     assert stale.remedy.startswith(f"rm {operator / 'lock'}")
 
 
+def test_collectives(monkeypatch):
+    assert only(doctor_machine.collectives).found == "gloo"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert only(doctor_machine.collectives).status == "fail"
+
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    assert only(doctor_machine.collectives).found == "NCCL 2.27.5"
+
+
+# ---- what a recipe names -----------------------------------------------------------------------
+
+
 def test_perceptual_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert only(doctor.perceptual_weights).status == "warn"
+    [(_, look)] = doctor_recipe.looks(None)
+    assert only(look).status == "warn"
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "vgg16-397923af.pth").touch()
-    assert only(doctor.perceptual_weights).status == "ok"
+    assert only(look).status == "ok"
 
 
-def test_the_names_of_the_backbones_are_those_that_training_asks_for():
-    from asymlift.model.perceptual import BACKBONES
+def test_what_a_recipe_names_is_looked_for(tmp_path):
+    """A base, data and weights that are there, and ones that are not; nothing is written."""
+    (tmp_path / "a.tar").touch()
+    values = {
+        "name": "x",
+        "runs": str(tmp_path / "runs"),
+        "model": {"base": "embedded:tiny"},
+        "data": {"train": str(tmp_path / "a.tar")},
+        "finetune": {"loss": {"perceptual": {"weights": str(tmp_path / "gone.pth")}}},
+    }
 
-    assert set(BACKBONES.values()) == set(doctor.BACKBONES)
+    def found() -> dict[str, Check]:
+        looks = doctor_recipe.looks(check_recipe(values, "recipe"))
+        return {c.name: c for name, look in looks for c in guarded(name, look)}
+
+    checks = found()
+    assert checks["base model"].found.endswith("flux2, patch 8, d 16, D 192")
+    assert checks["training data"].found == f"1 sources, the first is {tmp_path / 'a.tar'}"
+    assert "GiB free" in checks["run folder"].found
+    assert checks["perceptual weights"].found == f"{tmp_path / 'gone.pth'} is not there"
+    assert not (tmp_path / "runs").exists()
+
+    values["model"] = {"base": str(tmp_path / "none")}
+    values["data"] = {"train": str(tmp_path / "{a,b}.tar")}
+    checks = found()
+    assert "no such folder" in checks["base model"].found
+    assert checks["training data"].found == f"1 of 2 are not there: {tmp_path / 'b.tar'}"
+    assert {checks[name].status for name in ("base model", "training data")} == {"fail"}
+
+    values["data"] = {"train": "pipe:cat x", "mode": "stream"}
+    assert "streamed" in found()["training data"].found
+
+
+def test_what_a_look_finds_wrong_in_a_recipe_is_said_as_it_is():
+    def look():
+        raise BadData("this and that")
+        yield
+
+    assert guarded("x", look) == [Check("x", "fail", "this and that")]
 
 
 # ---- what it computes with ---------------------------------------------------------------------
@@ -233,46 +288,39 @@ def test_the_names_of_the_backbones_are_those_that_training_asks_for():
 def test_disk_and_shared_memory(monkeypatch, free, status):
     usage = SimpleNamespace(free=free * GIB, total=free * GIB / 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert only(doctor.disk).status == status
-    assert only(doctor.shared_memory).status == status
+    assert only(doctor_machine.disk).status == status
+    assert only(doctor_machine.shared_memory).status == status
 
 
 def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
     monkeypatch.setattr("asymlift.runtime.memory.GROUPS", tmp_path)
     monkeypatch.setattr("asymlift.runtime.memory.OWN_GROUPS", tmp_path / "none")
     (tmp_path / "memory.max").write_text("max\n")
-    assert "container" not in only(doctor.memory).found
+    assert "container" not in only(doctor_machine.memory).found
     (tmp_path / "memory.max").write_text(f"{GIB}\n")
-    check = only(doctor.memory)
+    check = only(doctor_machine.memory)
     assert check.status == "warn"
     assert check.found.startswith("1.0 GiB for this container")
 
 
 @pytest.mark.parametrize(("soft", "status"), [(256, "warn"), (65536, "ok")])
 def test_open_files(monkeypatch, soft, status):
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda what: (soft, 1 << 20))
-    assert only(doctor.open_files).status == status
+    monkeypatch.setattr(doctor_machine.resource, "getrlimit", lambda what: (soft, 1 << 20))
+    assert only(doctor_machine.open_files).status == status
 
 
 @pytest.mark.parametrize(
     ("variables", "status", "said"),
     [
         ({}, "ok", "none: one process"),
-        (
-            {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0"},
-            "ok",
-            "rank 1 of 4: RANK=1 WORLD_SIZE=4",
-        ),
-        ({"RANK": "0", "WORLD_SIZE": "4"}, "fail", "no MASTER_ADDR"),
-        ({"RANK": "one", "WORLD_SIZE": "4"}, "fail", "no numbers"),
-        ({"RANK": "4", "WORLD_SIZE": "4"}, "fail", "not below"),
-        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, "warn", "every task would work alone"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "ok", "rank 1 of 4"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "fail", "not LOCAL_RANK"),
         ({"SLURM_NTASKS": "8"}, "ok", "none: one process"),
     ],
 )
 def test_launcher(monkeypatch, variables, status, said):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    check = only(doctor.launcher)
+    check = only(doctor_machine.launcher)
     assert check.status == status
     assert said in check.found
