@@ -26,7 +26,7 @@ from asymlift.families import find_family
 from asymlift.model.ema import Ema
 from asymlift.recipe import FinetuneSection, Recipe
 from asymlift.report.training_report import training_page
-from asymlift.runtime import dist
+from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine, EngineSettings
 from asymlift.runtime.log import (
@@ -38,7 +38,9 @@ from asymlift.runtime.log import (
     read_metrics,
     say,
 )
+from asymlift.runtime.shared_folder import check_shared
 from asymlift.runtime.signals import StopRequest, stop_requests
+from asymlift.runtime.watchdog import MARGIN, watched
 from asymlift.stages.finetune_data import Encoders, check_sample, open_training_data
 from asymlift.stages.finetune_ledger import Ledger, by_reason, read_skipped
 from asymlift.stages.finetune_model import adapters_of, build_step
@@ -70,8 +72,13 @@ def finetune(
     settings = recipe.finetune
     accumulation = accumulation_for(settings, ranks)
     device = dist.device_for(ranks)
-    dist.join(ranks, device, settings.timeout)
-    with locked(recipe.run_folder, ranks), stop_requests() as request:
+    dist.join(ranks, device, settings.timeout + MARGIN)
+    with (
+        stop_requests() as request,
+        watched(ranks, settings.timeout),
+        locked(recipe.run_folder, ranks),
+    ):
+        check_shared(recipe.run_folder, ranks)
         found = find_checkpoint(checkpoints_path(recipe), ranks)
         if found is not None and found.step >= settings.steps:
             return dist.first_does(ranks, lambda: nothing_left(recipe.run_folder, found))
@@ -134,18 +141,22 @@ class Run:
         own = ":" in recipe.model.family
         self.family = find_family(recipe.model.family if own else self.lifted.family, {}, {})
 
+        watch.at(None, "opening the data")
         self.training = open_training_data(recipe, self.lifted, self.family, ranks)
         self.ledger = Ledger(self.folder, ranks, recipe.data.max_bad_fraction)
         self.training.enter_faults(self.ledger)
+        watch.at(None, "encoding prompts")
         encoders = Encoders(self.lifted, self.family, recipe, ranks, device, self.training)
         self.maker = encoders.batch_maker(self.settings)
         self.previews = Previews.begin(recipe, self.lifted, self.family, ranks, device, encoders)
         encoders.let_go()
 
+        watch.at(None, "loading the model")
         self.step_module, self.trainable = dist.all_do(
             ranks,
             lambda: build_step(self.settings, self.lifted, self.family, self.precision, device),
         )
+        watch.at(None, "starting the engine")
         self.engine = Engine(self.step_module, self.trainable, self.engine_settings(zero3), ranks)
         self.ema = Ema(self.trainable.parameters) if self.settings.ema else None
         self.state = TrainingState(
@@ -201,6 +212,7 @@ class Run:
                     )
                 if self.previews and (done % self.previews.every == 0 or done == steps):
                     self.show(done)
+        watch.at(steps, "writing the report")
         dist.first_does(self.ranks, self.write_page)
         return FinetuneReport(
             folder=self.folder,
@@ -256,6 +268,7 @@ class Run:
     def show(self, step: int) -> None:
         """Pictures of the averaged weights, which sit in the model only while they are made."""
         assert self.previews is not None
+        watch.at(step, "drawing previews")
         shards = self.ema.shards if self.ema else {}
         with self.engine.showing(shards):
             self.previews.show(step, self.step_module.student)
@@ -282,6 +295,7 @@ class Run:
         }
 
     def save(self, step: int) -> None:
+        watch.at(step, "saving")
         counts = {
             "samples": step * self.settings.batch,
             "seen": self.ledger.num_seen,
@@ -292,6 +306,7 @@ class Run:
 
     def resume(self, found: Checkpoint) -> int:
         """Go on from a checkpoint; returns its step."""
+        watch.at(found.step, "resuming")
         self.state.check(found, self.facts())
         self.trainer.warm_up(found.step)
         self.state.restore(found)

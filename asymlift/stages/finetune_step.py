@@ -19,7 +19,7 @@ from asymlift.maths.pace import karras_decay, learning_rate_factor
 from asymlift.model.batch import BatchMaker, Place
 from asymlift.model.ema import Ema
 from asymlift.recipe import FinetuneSection
-from asymlift.runtime import dist
+from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine
 from asymlift.runtime.signals import StopRequest
@@ -63,8 +63,10 @@ class Trainer:
     ) -> tuple[dict[str, float], str | None]:
         """Train on one global batch; returns what is logged, and why to stop, if anybody asked."""
         started, settings = time.monotonic(), self.settings
+        watch.at(step + 1, "reading data")
         read = self.read(step, feed, request)
         totals = self.gradients(step, read.samples, read.num_good)
+        watch.at(step + 1, "updating the weights")
         skipped = self.engine.num_skipped
         # Without a sample there is no gradient, and what came before must not move the weights.
         rate = self.learning_rate(step) if read.num_good else 0.0
@@ -121,6 +123,8 @@ class Trainer:
             zip(self.share, read.micro_batches, strict=True)
         ):
             slots = [step * settings.batch + position for position in positions]
+            first = next((sample.key for sample in samples if sample is not None), "no sample")
+            watch.at(step + 1, "computing gradients", f"from {first} on")
             height, width = read.sizes[number]
             grid = (height // patch, width // patch)
             batch = self.maker.make(samples, Place(settings.seed, read.epoch, slots), grid)

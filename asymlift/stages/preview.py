@@ -26,7 +26,7 @@ from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
 from asymlift.recipe import Recipe, SampleSection
 from asymlift.report.pictures import grid_png
-from asymlift.runtime import dist
+from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import warn
 from asymlift.stages.locate import base_folder
@@ -170,6 +170,7 @@ class Previews:
         drawn = []
         for start in range(0, len(indices), self.batch):
             chunk = indices[start : start + self.batch]
+            watch.going_on(f"prompt {chunk[0] + 1} of {len(self.prompts)}")
             text = self.text([self.texts[i] for i in chunk])
             null_text = self.text([self.null_text] * len(chunk))
             drawn.append(float_to_image(paint(chunk, text, null_text, None)))
