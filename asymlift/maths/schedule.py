@@ -36,6 +36,21 @@ def draw_sigma_mode(uniform: Tensor, *, shift: float, scale: float) -> Tensor:
     return shift_time(t, shift)
 
 
+def stratified_draws(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) uniform draws in [0, 1), one in each of `count` equal shares, in random order.
+
+    Each of them alone is uniform; together they cover the interval evenly.
+    """
+    place = torch.randperm(count, generator=generator)
+    within = torch.rand(count, generator=generator, dtype=torch.float64)
+    return (place + within) / count
+
+
+def middles(count: int) -> Tensor:
+    """(count,) the middles of so many equal shares of [0, 1], in float64."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
 def sigma_grid(steps: int, shift: float, *, device: torch.device | None = None) -> Tensor:
     """The (steps + 1,) noise levels of a sampler, from exactly 1 to exactly 0, in float64."""
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device), shift)

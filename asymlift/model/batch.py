@@ -17,6 +17,7 @@ from asymlift.data.records import Sample
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import image_to_tokens
+from asymlift.model.rows import Rows, moved
 from asymlift.model.training_step import Batch
 
 Embedding = dict[str, Tensor]
@@ -43,7 +44,7 @@ class BatchMaker:
         *,
         null_text: Embedding,
         caption_dropout: float,
-        draw_sigma: Callable[[torch.Generator], Tensor],
+        draw_sigma: Callable[[Place, tuple[int, int]], Tensor],
         encode_latents: Callable[[Tensor], Tensor] | None,
         encode_captions: Callable[[list[str]], list[Embedding]] | None,
     ) -> None:
@@ -53,35 +54,34 @@ class BatchMaker:
         self.encode_latents, self.encode_captions = encode_latents, encode_captions
 
     def make(self, samples: Sequence[Sample | None], place: Place, grid: tuple[int, int]) -> Batch:
-        rows, columns = grid
-        num_tokens = rows * columns
-        x0 = torch.zeros(len(samples), num_tokens, self.geometry.D, device=self.device)
-        z0 = torch.zeros(len(samples), num_tokens, self.geometry.d, device=self.device)
         good = [position for position, sample in enumerate(samples) if sample is not None]
         present = [sample for sample in samples if sample is not None]
-        if present:
-            images = torch.stack([self.picture(sample.image) for sample in present])
-            x0[good] = image_to_tokens(self.color.encode(images), self.geometry.pixel_patch)
-            z0[good] = self.latents(present, images)
+        num_tokens, patch = grid[0] * grid[1], self.geometry.pixel_patch
+        weight = torch.zeros(len(samples))
+        weight[good] = 1
         text = [self.null_text] * len(samples)
         for position, embedding in zip(good, self.captions(present, place), strict=True):
             text[position] = embedding
-        draws = [self.draw(place.seed, slot, num_tokens) for slot in place.slots]
-        weight = torch.zeros(len(samples), device=self.device)
-        weight[good] = 1
+        x0, z0 = self.tokens(present, Rows(good, len(samples), self.device), num_tokens)
         return Batch(
             x0=x0,
             z0=z0,
-            eps=torch.stack([eps for eps, _ in draws]),
-            sigma=torch.stack([sigma for _, sigma in draws]),
+            eps=self.noise(place, num_tokens),
+            sigma=self.draw_sigma(place, (grid[0] * patch, grid[1] * patch)),
             weight=weight,
             text=self.family.collate([self.alike(embedding) for embedding in text]),
             grid=grid,
         )
 
-    def picture(self, image: Tensor) -> Tensor:
-        """uint8 (3, h p, w p) -> the same in [-1, 1] on the device."""
-        return image_to_float(image.to(self.device))
+    def tokens(self, present: list[Sample], rows: Rows, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Clean pixel and latent tokens; those of empty slots are zero."""
+        if not present:
+            widths = (self.geometry.D, self.geometry.d)
+            x0, z0 = (torch.zeros(rows.count, num_tokens, n, device=self.device) for n in widths)
+            return x0, z0
+        images = image_to_float(moved(torch.stack([s.image for s in present]), self.device))
+        pixels = image_to_tokens(self.color.encode(images), self.geometry.pixel_patch)
+        return rows.spread(pixels), rows.spread(self.latents(present, images))
 
     def latents(self, samples: list[Sample], images: Tensor) -> Tensor:
         """The cached latents, and the VAE's where there is no cache, as tokens."""
@@ -90,8 +90,8 @@ class BatchMaker:
             assert self.encode_latents is not None, "checked before training begins"
             fresh = iter(self.encode_latents(images[[z is None for z in cached]]))
             cached = [next(fresh) if latent is None else latent for latent in cached]
-        stacked = torch.stack([z.to(self.device, torch.float32) for z in cached if z is not None])
-        return image_to_tokens(stacked, self.geometry.patch)
+        whole = [moved(z.to(torch.float32), self.device) for z in cached if z is not None]
+        return image_to_tokens(torch.stack(whole), self.geometry.patch)
 
     def captions(self, samples: list[Sample], place: Place) -> list[Embedding]:
         """The cached embeddings, and the encoder's where there is no cache."""
@@ -111,11 +111,14 @@ class BatchMaker:
     def alike(self, embedding: Embedding) -> Embedding:
         """On the device, in the dtypes of the empty prompt's: caches may store others."""
         return {
-            name: tensor.to(self.device, self.null_text[name].dtype)
+            name: moved(tensor.to(self.null_text[name].dtype), self.device)
             for name, tensor in embedding.items()
         }
 
-    def draw(self, seed: int, slot: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(self.device).manual_seed(derive(seed, "noise", slot))
-        eps = torch.randn(num_tokens, self.geometry.D, generator=generator, device=self.device)
-        return eps, self.draw_sigma(generator)
+    def noise(self, place: Place, num_tokens: int) -> Tensor:
+        """(B, N, D), each slot from a generator of its own."""
+        eps = torch.empty(len(place.slots), num_tokens, self.geometry.D, device=self.device)
+        for row, slot in zip(eps, place.slots, strict=True):
+            seed = derive(place.seed, "noise", slot)
+            row.normal_(generator=torch.Generator(self.device).manual_seed(seed))
+        return eps

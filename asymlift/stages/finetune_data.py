@@ -1,5 +1,6 @@
 """What a finetune trains on: the samples, and what is not cached of them."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ from asymlift.data.records import LATENT, TEXT, BadSample, OnBad, Record, Sample
 from asymlift.data.stream import GUARANTEE, Stream, StreamFeed, expand_urls
 from asymlift.errors import BadData, BadRecipe
 from asymlift.families.base import Family, Geometry
-from asymlift.maths.schedule import draw_sigma, draw_sigma_mode, draw_sigma_uniform
 from asymlift.model.batch import BatchMaker, Embedding
 from asymlift.model.loading import load_pipeline
-from asymlift.recipe import DataSection, FinetuneSection, Recipe, TimeSection
+from asymlift.model.noise_levels import NoiseLevels
+from asymlift.recipe import DataSection, FinetuneSection, Recipe
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import warn
@@ -67,8 +68,8 @@ class TrainingData(ABC):
         """This rank's samples from a step on."""
 
     @abstractmethod
-    def size(self, step: int) -> tuple[int, int]:
-        """(height, width) of pictures that a step may have."""
+    def largest(self) -> tuple[int, int]:
+        """(height, width) of the largest pictures that a step may have."""
 
     @abstractmethod
     def epoch(self, step: int, read: StepSamples) -> float:
@@ -110,8 +111,9 @@ class ExactData(TrainingData):
             on_slow=tell,
         )
 
-    def size(self, step: int) -> tuple[int, int]:
-        return self.order.size(step)
+    def largest(self) -> tuple[int, int]:
+        height, width = max(self.order.sizes.tolist(), key=math.prod)
+        return height, width
 
     def epoch(self, step: int, read: StepSamples) -> float:
         return step / self.order.steps_per_epoch
@@ -166,8 +168,8 @@ class StreamData(TrainingData):
             on_slow=tell,
         )
 
-    def size(self, step: int) -> tuple[int, int]:
-        return min(size for sizes in buckets(self.fit).values() for size in sizes)
+    def largest(self) -> tuple[int, int]:
+        return max((size for some in buckets(self.fit).values() for size in some), key=math.prod)
 
     def epoch(self, step: int, read: StepSamples) -> float:
         return float(read.epoch)
@@ -366,7 +368,7 @@ class Encoders:
             self.device,
             null_text=self.null_text,
             caption_dropout=self.recipe.data.caption_dropout,
-            draw_sigma=sigma_drawer(settings.time, self.device),
+            draw_sigma=NoiseLevels(settings.time, settings.batch),
             encode_latents=self.latents if self.training.latents_online else None,
             encode_captions=self.captions if self.training.text_online else None,
         )
@@ -379,16 +381,3 @@ class Encoders:
 
 def to_cpu(embedding: Embedding) -> Embedding:
     return {name: tensor.cpu() for name, tensor in embedding.items()}
-
-
-def sigma_drawer(use: TimeSection, device: torch.device) -> Callable[[torch.Generator], Tensor]:
-    def draw(generator: torch.Generator) -> Tensor:
-        if use.kind == "logit_normal":
-            normal = torch.randn((), generator=generator, device=device)
-            return draw_sigma(normal, shift=use.shift, mean=use.mean, std=use.std)
-        uniform = torch.rand((), generator=generator, device=device)
-        if use.kind == "uniform":
-            return draw_sigma_uniform(uniform, shift=use.shift)
-        return draw_sigma_mode(uniform, shift=use.shift, scale=use.mode_scale)
-
-    return draw

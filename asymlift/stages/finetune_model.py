@@ -89,6 +89,8 @@ def loss_constants(settings: FinetuneSection, reduces_variance: bool) -> LossCon
         reference_floor=loss.reference_floor,
         perceptual_weight=loss.perceptual.weight if loss.perceptual else 0.0,
         reduces_variance=reduces_variance,
+        skip_below=loss.skip_below,
+        same_passes=settings.zero.stage == 3,
     )
 
 

@@ -4,17 +4,17 @@ A step is a pure function of the weights and its number: data order, noise, nois
 captions and adapter dropout follow from (seed, step, slot).
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asymlift.data.feed import Feed, StepSamples
 from asymlift.data.order import derive, share_of
-from asymlift.errors import BadData, UserError
+from asymlift.errors import UserError
 from asymlift.maths.pace import karras_decay, learning_rate_factor
 from asymlift.model.batch import BatchMaker, Place
 from asymlift.model.ema import Ema
@@ -24,6 +24,8 @@ from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine
 from asymlift.runtime.signals import StopRequest
 from asymlift.stages.finetune_data import TrainingData
+from asymlift.stages.finetune_diagnostics import add, figures, on_host, over_ranks
+from asymlift.stages.finetune_guard import Guard
 from asymlift.stages.finetune_ledger import Ledger
 
 
@@ -51,21 +53,24 @@ class Trainer:
         warn: Callable[[str], None],
     ) -> None:
         self.settings, self.engine, self.ema, self.maker = settings, engine, ema, maker
-        self.training, self.ledger, self.warn = training, ledger, warn
+        self.training, self.ledger = training, ledger
         self.ranks: Ranks = engine.ranks
+        self.guard = Guard(
+            ledger.folder / "not-finite.jsonl", self.ranks, settings.max_skipped, warn
+        )
         self.share = share_of(
             range(settings.batch), self.ranks.rank, self.ranks.world, settings.micro_batch
         )
-        self.num_updates, self.skipped_in_a_row = 0, 0
+        self.num_updates = 0
 
     def take(
         self, step: int, feed: Feed, request: StopRequest
-    ) -> tuple[dict[str, float], str | None]:
+    ) -> tuple[dict[str, Any], str | None]:
         """Train on one global batch; returns what is logged, and why to stop, if anybody asked."""
         started, settings = time.monotonic(), self.settings
         watch.at(step + 1, "reading data")
         read = self.read(step, feed, request)
-        totals = self.gradients(step, read.samples, read.num_good)
+        sums = self.gradients(step, read.samples, read.num_good)
         watch.at(step + 1, "updating the weights")
         skipped = self.engine.num_skipped
         # Without a sample there is no gradient, and what came before must not move the weights.
@@ -75,12 +80,14 @@ class Trainer:
             self.rates(rate), clip.norm if clip and step >= clip.from_step else 0.0
         )
         applied = self.engine.num_skipped == skipped
-        if self.guard(step, totals["loss"], norm, read.samples, applied):
+        told = figures(on_host(sums), read.num_good)
+        if self.guard.passes(step, told["loss"], norm, applied, keys_of(read.samples)):
             self.num_updates += 1
             self.average()
         logged = {
-            **totals,
+            **told,
             "grad_norm": norm,
+            "skipped_updates": step + 1 - self.num_updates,
             "lr": rate,
             "epoch": self.training.epoch(step, read.samples),
             "samples": (step + 1) * settings.batch,
@@ -113,8 +120,11 @@ class Trainer:
         self.ledger.note(samples.faults, num_good, num_bad)
         return Read(samples, num_good, num_asking > 0, waited)
 
-    def gradients(self, step: int, read: StepSamples, num_good: int) -> dict[str, float]:
-        """Forward and backward of every micro-batch; the means of what is logged."""
+    def gradients(self, step: int, read: StepSamples, num_good: int) -> dict[str, Tensor]:
+        """Forward and backward of every micro-batch; the sums, over all ranks, of what is logged.
+
+        Nothing here waits for the device.
+        """
         settings, patch = self.settings, self.maker.geometry.pixel_patch
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over good samples.
         scale = len(self.share) * self.ranks.world / max(num_good, 1)
@@ -128,14 +138,17 @@ class Trainer:
             height, width = read.sizes[number]
             grid = (height // patch, width // patch)
             batch = self.maker.make(samples, Place(settings.seed, read.epoch, slots), grid)
+            batch.measures = self.measures(step, num_good)
             torch.manual_seed(derive(settings.seed, "dropout", step, number, self.ranks.rank))
-            for name, value in self.engine.forward_backward(batch, scale).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+            add(sums, self.engine.forward_backward(batch, scale))
             if number < len(self.share) - 1:
                 self.engine.micro_step_done()
-        together = dist.summed(torch.stack([value.double() for value in sums.values()]))
-        means = (together / max(num_good, 1)).tolist()
-        return dict(zip(sums, means, strict=True))
+        return over_ranks(sums)
+
+    def measures(self, step: int, num_good: int) -> bool:
+        """Whether the gradient's variance is measured in this step."""
+        every = self.settings.variance_every
+        return every > 0 and (step + 1) % every == 0 and num_good > 1
 
     def learning_rate(self, step: int) -> float:
         use = self.settings.schedule
@@ -165,28 +178,6 @@ class Trainer:
             else (use.decay if since > 0 else 0.0)
         )
 
-    def guard(self, step: int, loss: float, norm: float, read: StepSamples, applied: bool) -> bool:
-        """Whether the update was made; too many in a row that were left out end the run."""
-        if applied and math.isfinite(loss) and math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            return True
-        self.skipped_in_a_row += 1
-        keys = [s.key for micro in read.micro_batches for s in micro if s is not None]
-        said = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples {', '.join(keys[:8])}"
-        if self.skipped_in_a_row >= self.settings.max_skipped:
-            raise BadData(
-                f"{said}\n{self.skipped_in_a_row} updates in a row were not finite; the last "
-                "checkpoint is from before: lower the learning rate, or look at these samples"
-            )
-        self.warn(f"{said}; the update was left out")
-        return False
 
-    def warm_up(self, step: int) -> None:
-        """One update that is thrown away: AdamW's state exists only after its first."""
-        empty = StepSamples(
-            0,
-            [[None] * len(positions) for positions in self.share],
-            [self.training.size(step)] * len(self.share),
-        )
-        self.gradients(step, empty, 0)
-        self.engine.update(self.rates(0.0), 0.0)
+def keys_of(read: StepSamples) -> list[str]:
+    return [s.key for micro in read.micro_batches for s in micro if s is not None]

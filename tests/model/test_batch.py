@@ -12,7 +12,9 @@ from asymlift.families import FAMILIES
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import image_to_tokens
 from asymlift.model.batch import BatchMaker, Place
+from asymlift.model.noise_levels import NoiseLevels
 from asymlift.model.training_step import Batch
+from asymlift.recipe import TimeSection
 from tests.tiny import CHANNELS, GRID, WORDS, tiny_geometry, tiny_vae
 
 COLOR = ColorCode("oklab", (0.56, 0.0, 0.01), 0.16)
@@ -45,7 +47,7 @@ def maker(name: str = "flux2", *, dropout: float = 0.0, null_text=NULL, **encode
         CPU,
         null_text=null_text,
         caption_dropout=dropout,
-        draw_sigma=lambda g: torch.rand((), generator=g),
+        draw_sigma=NoiseLevels(TimeSection(), 8),
         **encoders,
     )
 
@@ -78,11 +80,12 @@ def test_a_slot_holds_its_sample_in_the_models_spaces():
 
 
 def test_noise_and_noise_level_are_drawn_from_seed_and_slot():
-    batch = maker().make([sample(1), sample(2)], Place(3, 9, [70, 71]), GRID)
+    place = Place(3, 9, [70, 71])
+    batch = maker().make([sample(1), sample(2)], place, GRID)
     for position, slot in enumerate((70, 71)):
         g = torch.Generator().manual_seed(derive(3, "noise", slot))
         assert torch.equal(batch.eps[position], torch.randn(NUM, 192, generator=g))
-        assert torch.equal(batch.sigma[position], torch.rand((), generator=g))
+    assert torch.equal(batch.sigma, NoiseLevels(TimeSection(), 8)(place, (HEIGHT, WIDTH)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

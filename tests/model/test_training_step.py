@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from asymlift.families import FAMILIES
 from asymlift.maths.color import ColorCode
+from asymlift.maths.diagnostics import covariance_trace
+from asymlift.maths.loss import low_noise_weight
 from asymlift.maths.patches import tokens_to_image
 from asymlift.model import training_step
 from asymlift.model.pixel_flow import PixelFlow
@@ -30,6 +32,8 @@ PUBLISHED = LossConstants(
     reference_floor=1e-4,
     perceptual_weight=1.0,
     reduces_variance=True,
+    skip_below=0.0,
+    same_passes=False,
 )
 COLOR = ColorCode("rgb", (0.5, 0.4, 0.6), 0.3)
 
@@ -116,7 +120,9 @@ def transcribed(world: World, use: LossConstants, measure) -> tuple[Tensor, dict
             x_t_low, batch.sigma, batch.text, GRID, floor=use.reference_floor
         )
     total = torch.zeros((), dtype=A.dtype)
-    logged = {"loss_flow": 0.0, "loss_perceptual": 0.0, "control": 0.0}
+    logged = dict.fromkeys(("loss_flow", "loss_perceptual", "control"), 0.0)
+    logged |= dict.fromkeys(("num_compared", "num_looked_at", "error_energy", "error_left"), 0.0)
+    logged |= {"loss_by_sigma": [0.0] * 8, "num_by_sigma": [0.0] * 8}
     for b in range(B):
         sigma = float(batch.sigma[b])
         w = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + (use.shift * sigma) ** 2)
@@ -134,6 +140,8 @@ def transcribed(world: World, use: LossConstants, measure) -> tuple[Tensor, dict
                 energy = max(float((low * low).mean()), use.control_floor)
                 c = min(max(float((full * low).mean()) / energy, 0.0), 1.0)
                 target = x0 - (1 - w) * c * low if use.reduces_variance else x0
+                logged["error_energy"] += float(full @ full)
+                logged["error_left"] += float((full - c * low) @ (full - c * low))
                 squares += list((x0_hat[n, pixels] - target) ** 2)
                 of_colours.append(c)
             coefficients += of_colours
@@ -154,9 +162,13 @@ def transcribed(world: World, use: LossConstants, measure) -> tuple[Tensor, dict
                     terms.append(distance[row, column] * gate * w / clamped**2)
             added = use.perceptual_weight * sum(terms) / len(terms)
             logged["loss_perceptual"] += float(added.detach())
+            logged["num_looked_at"] += 1
             loss = loss + added
         logged["loss_flow"] += float(flow.detach())
         logged["control"] += sum(coefficients) / len(coefficients)
+        logged["num_compared"] += 1
+        logged["loss_by_sigma"][int(8 * sigma)] += float(loss.detach())
+        logged["num_by_sigma"][int(8 * sigma)] += 1
         total = total + loss
     return total, logged
 
@@ -176,12 +188,13 @@ def test_a_step_is_the_page_transcribed(reduces_variance, measure, copied):
     # The perceptual map is handed on in float32.
     rtol = 1e-9 if measure is None else 1e-6
     torch.testing.assert_close(loss, expected, rtol=rtol, atol=0)
-    assert set(sums) == {"loss_flow"} | ({"loss_perceptual"} if measure else set()) | (
-        {"control"} if reduces_variance else set()
-    )
+    names = {"loss_flow", "loss_by_sigma", "num_by_sigma"}
+    names |= {"loss_perceptual", "num_looked_at"} if measure else set()
+    of_control = {"control", "num_compared", "error_energy", "error_left"}
+    assert set(sums) == names | (of_control if reduces_variance else set())
     for name, value in sums.items():
         assert not value.requires_grad
-        assert float(value) == pytest.approx(logged[name], rel=rtol), name
+        assert value.tolist() == pytest.approx(logged[name], rel=rtol), name
     for name, gradient in world.gradients(loss).items():
         scale = float(expected_gradients[name].abs().max())
         assert scale > 0, name
@@ -253,7 +266,7 @@ def test_only_empty_slots_give_exactly_nothing():
     world = World()
     world.batch.weight.zero_()
     loss, sums = world.step(measure=perceptual)(world.batch)
-    assert loss == 0 and all(value == 0 for value in sums.values())
+    assert loss == 0 and not any(value.any() for value in sums.values())
     assert not any(gradient.any() for gradient in world.gradients(loss).values())
 
 
@@ -334,3 +347,152 @@ def test_the_perceptual_net_is_no_part_of_the_step():
     step, without = world.step(measure=nn.Conv2d(3, 1, 1)), world.step()
     assert list(step.state_dict()) == list(without.state_dict())
     assert len(list(step.modules())) == len(list(without.modules()))
+
+
+# ---- what is left out --------------------------------------------------------------------------
+
+
+def counted(world: World, use: LossConstants, measure=None):
+    """A step on the world's batch, and how many samples each of its passes was given."""
+    sizes: dict[str, list[int]] = {"student": [], "reference": [], "perceptual": []}
+    step = world.step(use, measure=measure and watched(sizes["perceptual"], measure), copied=True)
+    hooks = [
+        flow.register_forward_pre_hook(lambda _, given, n=name: sizes[n].append(len(given[0])))
+        for name, flow in (("student", world.student), ("reference", world.converted))
+    ]
+    loss, sums = step(world.batch)
+    for hook in hooks:
+        hook.remove()
+    return loss, sums, sizes
+
+
+def watched(sizes: list[int], measure):
+    def look(image: Tensor, target: Tensor) -> Tensor:
+        sizes.append(len(image))
+        return measure(image, target)
+
+    return look
+
+
+def share_of_correction(world: World) -> list[float]:
+    return (1 - low_noise_weight(world.batch.sigma, PUBLISHED.shift)).tolist()
+
+
+LEVELS = (0.02, 0.4, 0.95, 0.99, 1.0)
+
+
+@pytest.mark.parametrize("measure", [None, perceptual])
+def test_as_published_only_empty_slots_and_exact_zeros_are_left_out(measure):
+    """w is zero at pure noise; c is a gate wherever a sample is looked at."""
+    world = World(sigmas=LEVELS)
+    world.batch.weight[1] = 0
+    _, sums, sizes = counted(world, PUBLISHED, measure)
+    assert sizes["student"] == [5] and sizes["reference"] == [4]
+    assert sizes["perceptual"] == ([3] if measure else [])
+    assert sums["num_compared"] == 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_left_out_changes_nothing_for_what_is_kept(name):
+    """Losses of the kept samples and every gradient, against one sample at a time."""
+    whole = World(name, sigmas=LEVELS)
+    use = replace(PUBLISHED, skip_below=0.4)
+    loss, sums, sizes = counted(whole, use, perceptual)
+    assert sizes == {"student": [5], "reference": [5], "perceptual": [2]}  # w: 1, 0.96, 0.03, 0, 0
+
+    w = low_noise_weight(whole.batch.sigma, use.shift)
+    expected, flow, one = 0.0, 0.0, World(name, sigmas=LEVELS)
+    total: dict[str, Tensor] = {}
+    for b in range(len(LEVELS)):
+        one.batch.weight = torch.eye(len(LEVELS), dtype=torch.float64)[b]
+        looks = perceptual if w[b] > 0.4 else None
+        part, told = one.step(PUBLISHED, measure=looks, copied=True)(one.batch)
+        expected, flow = expected + part, flow + told["loss_flow"]
+        gradients = one.gradients(part)
+        total = {key: g + total.get(key, 0.0) for key, g in gradients.items()}
+
+    assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert_close(sums["loss_flow"], flow, rtol=1e-9, atol=0)
+    for key, gradient in whole.gradients(loss).items():
+        assert_close(gradient, total[key], rtol=1e-5, atol=1e-6 * float(total[key].abs().max()))
+
+
+def test_without_eyes_the_reference_is_left_out_where_it_corrects_little():
+    """There the target is the image itself."""
+    world = World(sigmas=LEVELS)
+    shares = share_of_correction(world)
+    kept = [share > 0.1 for share in shares]
+    assert 0 < sum(kept) < len(kept)
+    loss, sums, sizes = counted(world, replace(PUBLISHED, skip_below=0.1))
+    assert sizes["reference"] == [sum(kept)] and sums["num_compared"] == sum(kept)
+
+    expected, one = 0.0, World(sigmas=LEVELS)
+    for b, reduces in enumerate(kept):
+        one.batch.weight = torch.eye(len(LEVELS), dtype=torch.float64)[b]
+        part, _ = one.step(replace(PUBLISHED, reduces_variance=reduces), copied=True)(one.batch)
+        expected += part
+    assert_close(loss, expected, rtol=1e-9, atol=0)
+
+
+def test_under_zero_3_one_sample_is_kept_and_says_nothing():
+    """The ranks gather weights together; what one of them skips, all would wait for."""
+    for weight in (0.0, 1.0):
+        world = World(sigmas=(0.01, 0.02))
+        world.batch.weight.fill_(weight)
+        use = replace(PUBLISHED, skip_below=0.5)
+        loss, sums, sizes = counted(world, use)
+        alike, sums_alike, sizes_alike = counted(world, replace(use, same_passes=True))
+        assert (sizes["reference"], sizes_alike["reference"]) == ([], [1])
+        assert torch.equal(loss, alike)
+        assert all(torch.equal(value, sums_alike[name]) for name, value in sums.items())
+
+
+def test_a_loss_that_is_infinite_has_no_finite_gradient():
+    """Or the update would be made: only gradients are looked at before it."""
+    world = World(dtype=torch.float32)
+    world.batch.x0[0] = 1e25
+    loss, _ = world.step(replace(PUBLISHED, reduces_variance=False))(world.batch)
+    assert not loss.isfinite()
+    assert not any(gradient.isfinite().all() for gradient in world.gradients(loss).values())
+
+
+# ---- the gradient's variance -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gradients_of_the_last_map_are_those_of_autograd(name, copied):
+    """Sample by sample, with the target that trains and with the plain one."""
+    world = World(name, sigmas=(0.02, 0.4, 0.95, 0.7))
+    world.batch.weight[3] = 0
+    world.batch.measures = True
+    _, sums = world.step(copied=copied)(world.batch)
+
+    path, one = f"{world.family.last}.weight", world
+    for target, reduces in (("", True), ("_plain", False)):
+        gradients = []
+        for b in range(3):
+            one.batch.weight = torch.eye(4, dtype=torch.float64)[b]
+            use = replace(PUBLISHED, reduces_variance=reduces)
+            gradients.append(one.gradients(one.step(use)(one.batch)[0])[path])
+        stacked = torch.stack(gradients)
+        assert_close(sums[f"gradient_squares{target}"], stacked.square().sum(), rtol=1e-8, atol=0)
+        total = sums[f"gradient_total{target}"]
+        assert_close(total.square().sum(), stacked.sum(0).square().sum(), rtol=1e-8, atol=0)
+        trace = covariance_trace(
+            float(sums[f"gradient_squares{target}"]), float(total.square().sum()), 3
+        )
+        assert trace == pytest.approx(float(stacked.flatten(1).T.cov().trace()), rel=1e-7)
+
+
+def test_measuring_changes_neither_loss_nor_gradient_and_leaves_no_hook():
+    world = World(dtype=torch.float32, precision=torch.bfloat16)
+    loss, sums = world.step(measure=perceptual)(world.batch)
+    expected = world.gradients(loss)
+    world.batch.measures = True
+    measured, told = world.step(measure=perceptual)(world.batch)
+    assert torch.equal(loss, measured)
+    assert all(torch.equal(value, told[name]) for name, value in sums.items())
+    for name, gradient in world.gradients(measured).items():
+        assert torch.equal(gradient, expected[name])
+    assert not any(module._forward_pre_hooks for module in world.student.modules())

@@ -1,0 +1,49 @@
+"""Updates that are not finite: left out, counted, written down, and too many end the run."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from asymlift.artifacts.files import writing
+from asymlift.errors import BadData
+from asymlift.runtime import dist
+from asymlift.runtime.dist import Ranks
+
+NAMED = 8  # samples that a message names; the file has all
+
+
+class Guard:
+    """Judges every update. Every rank has to call, with what all ranks agree on."""
+
+    def __init__(
+        self, file: Path, ranks: Ranks, most_in_a_row: int, warn: Callable[[str], None]
+    ) -> None:
+        self.file, self.ranks, self.most_in_a_row, self.warn = file, ranks, most_in_a_row, warn
+        self.in_a_row = 0
+
+    def passes(
+        self, step: int, loss: float, norm: float, applied: bool, keys: Sequence[str]
+    ) -> bool:
+        """Whether the update was made; `keys` are those of this rank's samples."""
+        if applied:
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        everyone = [key for some in dist.gathered(self.ranks, list(keys)) for key in some]
+        line = {"step": step + 1, "loss": repr(loss), "norm": repr(norm), "keys": everyone}
+        dist.first_does(self.ranks, lambda: self.write(line))
+        named = ", ".join(everyone[:NAMED]) + (", ..." if len(everyone) > NAMED else "")
+        said = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples {named}"
+        if self.in_a_row >= self.most_in_a_row:
+            raise BadData(
+                f"{said}\n{self.in_a_row} updates in a row were not finite; the last checkpoint "
+                f"is from before: lower the learning rate, or look at the samples in {self.file}"
+            )
+        self.warn(f"{said}; the update was left out")
+        return False
+
+    def write(self, line: dict[str, object]) -> None:
+        with writing(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
