@@ -5,6 +5,7 @@ Shapes: images (n, 3, H, W) in [-1, 1].
 
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -55,3 +56,24 @@ def strip(images: Tensor, scale: int) -> Image.Image:
     padded = functional.pad(grown, (0, GUTTER), value=255)  # (n, 3, H, W + gutter)
     line = padded.permute(2, 0, 3, 1).flatten(1, 2)[:, :-GUTTER]  # (H, n (W + gutter), 3)
     return Image.fromarray(line.contiguous().numpy(), "RGB")
+
+
+def reduced(path: Path, widest: int) -> Image.Image:
+    """A picture file, in RGB, at most so many pixels wide."""
+    with Image.open(path) as picture:
+        made = picture.convert("RGB")
+    if made.width > widest:
+        height = max(1, round(made.height * widest / made.width))
+        made = made.resize((widest, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return made
+
+
+def for_page(path: Path, widest: int, most_bytes: int = 200_000) -> tuple[bytes, str]:
+    """A picture file as a page takes it, and its kind: as it is, or smaller where it is large."""
+    with Image.open(path) as picture:
+        fits = picture.width <= widest and path.stat().st_size <= most_bytes
+    if fits:
+        return path.read_bytes(), "png"
+    stream = BytesIO()
+    reduced(path, widest).save(stream, format="JPEG", quality=88)
+    return stream.getvalue(), "jpeg"
