@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from asymlift.artifacts.manifest import (
 from asymlift.errors import BadData, CannotWrite
 
 KIND = "checkpoint"
+WRITING, REMOVING, REHEARSING = ".writing-", ".removing-", ".rehearsing-"  # never resumed from
 TRAINABLE = "trainable.safetensors"
 EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,22 @@ def steps_on_disk(checkpoints: Path) -> list[int]:
 
 
 @contextmanager
-def committing(checkpoints: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
-    """Yield a folder to write into; it becomes the checkpoint of `step` when the block ends."""
+def committing(
+    checkpoints: Path, step: int, state: dict[str, Any], known: Mapping[str, str] | None = None
+) -> Iterator[Path]:
+    """Yield a folder to write into; it becomes the checkpoint of `step` when the block ends.
+
+    `known`, which the block may fill, holds sha256s of files that need not be read again.
+    """
     target = step_folder(checkpoints, step)
-    staged = checkpoints / f".writing-{step}-{uuid.uuid4().hex[:8]}"
+    staged = checkpoints / f"{WRITING}{step}-{uuid.uuid4().hex[:8]}"
     try:
         with writing(target):
             staged.mkdir(parents=True)
         yield staged
         body = canonical_json({"format": FORMAT, "step": step, **state})
         write_bytes_atomically(staged / STATE, body)
-        write_manifest(staged, kind=KIND, facts={"step": step})
+        write_manifest(staged, kind=KIND, facts={"step": step}, known=known)
         with writing(target):
             fsync_folder(staged)
             if target.exists():  # only a damaged one can be: the whole ones are resumed from
@@ -86,7 +92,7 @@ def committing(checkpoints: Path, step: int, state: dict[str, Any]) -> Iterator[
 
 def discard(folder: Path) -> None:
     """Take a folder out of sight at once, then delete it."""
-    grave = folder.with_name(f".removing-{folder.name}-{uuid.uuid4().hex[:8]}")
+    grave = folder.with_name(f"{REMOVING}{folder.name}-{uuid.uuid4().hex[:8]}")
     folder.rename(grave)
     shutil.rmtree(grave)
 
@@ -95,7 +101,9 @@ def remove_leftovers(checkpoints: Path) -> list[str]:
     """Delete what a killed run left half written or half deleted."""
     if not checkpoints.is_dir():
         return []
-    leftovers = [p for p in checkpoints.iterdir() if p.name.startswith((".writing-", ".removing-"))]
+    leftovers = [
+        p for p in checkpoints.iterdir() if p.name.startswith((WRITING, REMOVING, REHEARSING))
+    ]
     for path in leftovers:
         shutil.rmtree(path)
     return [path.name for path in leftovers]
@@ -156,5 +164,5 @@ def check_space(checkpoints: Path, needed: int) -> None:
     if free < needed * 1.2:
         raise CannotWrite(
             f"{checkpoints}: a checkpoint needs {human_bytes(needed * 1.2)}, "
-            f"{human_bytes(free)} are free; free some space and run the same command again"
+            f"{human_bytes(free)} are free; free some space"
         )

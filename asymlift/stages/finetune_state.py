@@ -3,10 +3,10 @@
 It is keyed by parameter name and whole, so it fits any ZeRO stage and any number of ranks.
 """
 
-import json
 import math
+import time
 from collections.abc import Callable, Iterator
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +19,47 @@ from asymlift.artifacts.checkpoint import (
     Checkpoint,
     check_space,
     committing,
-    newest_whole,
     prune,
-    remove_leftovers,
+    step_folder,
 )
-from asymlift.artifacts.safetensors_stream import SafetensorsWriter, TensorInfo, load_tensors
-from asymlift.errors import BadData, UserError
+from asymlift.artifacts.files import free_bytes, human_bytes
+from asymlift.artifacts.safetensors_stream import (
+    SafetensorsWriter,
+    TensorInfo,
+    tensor_reader,
+)
+from asymlift.errors import CannotWrite, UserError
 from asymlift.model.ema import Ema
 from asymlift.recipe import CheckpointSection
 from asymlift.runtime import dist
-from asymlift.runtime.dist import Ranks
-from asymlift.runtime.engine import MOMENTS, Engine
-from asymlift.runtime.log import say, warn
+from asymlift.runtime.engine import Engine
+from asymlift.runtime.log import complain, detail, kept
 
-Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
-
-
-def find_checkpoint(checkpoints: Path, ranks: Ranks) -> Checkpoint | None:
-    """The newest checkpoint that is whole. Rank 0 verifies; every rank has to call."""
-
-    def look() -> Checkpoint | None:
-        for name in remove_leftovers(checkpoints):
-            warn(f"removed {name}, which a killed run left behind")
-        return newest_whole(checkpoints, warn)
-
-    return dist.first_does(ranks, look)
+Shapes = dict[str, tuple[int, ...]]
+MOST_FAILURES = 2  # saves in a row that fail before the run ends
 
 
 class TrainingState:
-    """Saves and restores one engine and its average. Every rank has to call every method."""
+    """Saves and restores one engine and its average. Every rank has to call every method.
+
+    How long a save takes is bounded by the disk: every byte is written once, hashed as it is
+    read back from the page cache while it is synced, and gathered one tensor at a time.
+    """
 
     def __init__(
-        self, checkpoints: Path, engine: Engine, ema: Ema | None, keep: CheckpointSection
+        self,
+        checkpoints: Path,
+        engine: Engine,
+        ema: Ema | None,
+        keep: CheckpointSection,
+        log: Path,
     ) -> None:
         self.checkpoints, self.engine, self.ema, self.keep = checkpoints, engine, ema, keep
         self.ranks = engine.ranks
+        self.complain, self.detail = kept(complain, log), kept(detail, log)
+        self.failures = 0  # in a row
+        self.seconds: float | None = None  # that the last save took, until it is told
+        self.good: Path | None = None  # the last checkpoint that is known to be whole
 
     @property
     def parameters(self) -> list[list[Any]]:
@@ -61,119 +67,133 @@ class TrainingState:
         roles = self.engine.trainable.roles
         return [[name, list(self.engine.shape_of(name)), roles[name]] for name in roles]
 
-    def save(self, step: int, facts: dict[str, Any]) -> None:
-        """Gather one tensor at a time; rank 0 writes; one rename makes it a checkpoint."""
-        shapes = {name: self.engine.shape_of(name) for name in self.engine.trainable.parameters}
-        moments = {f"{key}/{name}": shape for name, shape in shapes.items() for key in MOMENTS}
-        parts: list[tuple[str, dict[str, tuple[int, ...]], Tensors]] = [
-            (TRAINABLE, shapes, self.engine.weights),
-            (OPTIMIZER, moments, self.engine.moments),
-        ]
+    def files(self) -> dict[str, Shapes]:
+        """File -> the tensors in it, all float32, in the order in which they are gathered."""
+        engine = self.engine
+        shapes = {name: engine.shape_of(name) for name in engine.trainable.parameters}
+        moments = {key: shapes[name] for name in shapes for key in engine.moment_names(name)}
+        files = {TRAINABLE: shapes, OPTIMIZER: moments}
+        return files if self.ema is None else {**files, EMA: shapes}
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of all files, whole, one at a time. Every rank has to iterate."""
+        yield from self.engine.weights()
+        yield from self.engine.moments()
         if self.ema is not None:
-            parts.append((EMA, shapes, self.averages))
-        facts = {**facts, "parameters": self.parameters, "updates": self.engine.num_updates}
-        gathered = ((key, tensor) for _, _, tensors in parts for key, tensor in tensors())
-        failure: UserError | None = None
+            for name, held in self.ema.shown.items():
+                yield name, self.engine.whole(name, held)
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def save(self, step: int, facts: dict[str, Any], *, must: bool) -> None:
+        """Save; one rename makes it a checkpoint.
+
+        A failure is said, and training goes on without; it ends the run if the save `must` be, or
+        if the one before failed too.
+        """
+        started = time.monotonic()
+        error = self.attempt(self.checkpoints, step, facts)
+        if error is None:
+            self.failures, self.good = 0, step_folder(self.checkpoints, step)
+            dist.first_does(self.ranks, self.prune)
+            self.seconds = round(time.monotonic() - started, 3)
+            if self.ranks.first:
+                self.detail(f"saved {self.good} in {self.seconds:.1f} s")
+            return
+        self.failures += 1
+        if must or self.failures == MOST_FAILURES:
+            again = "" if must else "; it was the second save in a row that failed"
+            left = f"the last good checkpoint is {self.good}" if self.good else "there is none yet"
+            raise CannotWrite(
+                f"{error}{again};\n{left}. Free some space there, or let it be written to, and run "
+                "the same command again"
+            )
         if self.ranks.first:
-            wanted = {name: shapes for name, shapes, _ in parts}
-            try:
-                self.write(step, facts, wanted, gathered)
-            except UserError as error:
-                failure = error
+            self.complain(f"{error}; training goes on, and the next save is tried in its turn")
+
+    def told(self) -> dict[str, float]:
+        """What the line of the step after a save says of it."""
+        told = {} if self.seconds is None else {"seconds_saving": self.seconds}
+        self.seconds = None
+        return told
+
+    def attempt(self, checkpoints: Path, step: int, facts: dict[str, Any]) -> str | None:
+        """Gather one tensor at a time; rank 0 writes; one rename makes it a checkpoint.
+
+        Returns what was wrong, the same on every rank.
+        """
+        files = self.files()
+        needed = sum(4 * math.prod(shape) for part in files.values() for shape in part.values())
+        facts = {**facts, "updates": self.engine.num_updates}
+        said = dist.first_does(
+            self.ranks,
+            lambda: failure(
+                lambda: check_space(checkpoints, needed), step_folder(checkpoints, step), needed
+            ),
+        )
+        if said is not None:
+            return said
+        gathered = self.gathered()
+        if self.ranks.first:
+            said = failure(
+                lambda: write(checkpoints, step, facts, files, gathered),
+                step_folder(checkpoints, step),
+                needed,
+            )
         for _ in gathered:
             pass  # every rank takes part in every gather, also when nothing can be written
-        dist.share_error(self.ranks, failure)
+        return dist.first_does(self.ranks, lambda: said)
 
-    def write(
-        self,
-        step: int,
-        facts: dict[str, Any],
-        files: dict[str, dict[str, tuple[int, ...]]],
-        gathered: Iterator[tuple[str, Tensor]],
-    ) -> None:
-        """Rank 0's part of a save: the files, one after another, and the commit."""
-        check_space(
-            self.checkpoints,
-            sum(4 * math.prod(shape) for shapes in files.values() for shape in shapes.values()),
-        )
-        with committing(self.checkpoints, step, facts) as staged:
-            for name, shapes in files.items():
-                infos = {key: TensorInfo("F32", shape) for key, shape in shapes.items()}
-                with SafetensorsWriter(staged / name, infos) as writer:
-                    for key, tensor in islice(gathered, len(shapes)):
-                        writer.write(key, tensor.detach().float().cpu().contiguous())
-        prune(self.checkpoints, self.keep.keep, self.keep.milestone)
+    def prune(self) -> None:
+        try:
+            prune(self.checkpoints, self.keep.keep, self.keep.milestone)
+        except OSError as error:
+            self.complain(f"{self.checkpoints}: old checkpoints cannot be removed ({error})")
 
-    def averages(self) -> Iterator[tuple[str, Tensor]]:
-        """The averaged weights, whole, one at a time."""
-        assert self.ema is not None
-        for name, shard in self.ema.shards.items():
-            yield name, self.engine.whole(name, shard)
-
-    def check(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another run; say what changed and may."""
-        now = {**facts, "parameters": self.parameters}
-        for line in compare_states(checkpoint, now):
-            say(f"  changed since the checkpoint: {line}")
+    # --- restoring --------------------------------------------------------------------------------
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Weights, average and AdamW's state, which has to exist: one step was taken before."""
-        self.engine.set_weights(load_tensors(checkpoint.folder / TRAINABLE))
-        self.engine.set_moments(
-            load_tensors(checkpoint.folder / OPTIMIZER), checkpoint.state["updates"]
+        """Weights, average and what the optimizer remembers. A rank holds one tensor at a time."""
+        self.good = checkpoint.folder
+        dist.all_do(self.ranks, lambda: self.read(checkpoint))
+
+    def read(self, checkpoint: Checkpoint) -> None:
+        folder = checkpoint.folder
+        self.engine.set_weights(tensor_reader(folder / TRAINABLE))
+        self.engine.set_moments(tensor_reader(folder / OPTIMIZER), checkpoint.state["updates"])
+        if self.ema is not None:
+            read = tensor_reader(folder / (EMA if (folder / EMA).exists() else TRAINABLE))
+            for name, held in self.ema.shards.items():
+                held.copy_(self.engine.shard(name, read(name)))
+
+
+def write(
+    checkpoints: Path,
+    step: int,
+    facts: dict[str, Any],
+    files: dict[str, Shapes],
+    gathered: Iterator[tuple[str, Tensor]],
+) -> None:
+    """Rank 0's part of a save: the files, one after another, and the commit."""
+    hashes: dict[str, str] = {}
+    with committing(checkpoints, step, facts, hashes) as staged:
+        for name, shapes in files.items():
+            infos = {key: TensorInfo("F32", shape) for key, shape in shapes.items()}
+            with SafetensorsWriter(staged / name, infos) as writer:
+                for key, tensor in islice(gathered, len(shapes)):
+                    writer.write(key, tensor.detach().float().cpu().contiguous())
+            hashes[name] = writer.sha256
+
+
+def failure(action: Callable[[], None], target: Path, needed: int) -> str | None:
+    """What the disk refused, with what would be needed; None if it did not."""
+    try:
+        action()
+    except (UserError, OSError) as error:
+        cause = error.__cause__ or error
+        why = cause.strerror if isinstance(cause, OSError) else None
+        return (
+            f"{target} could not be saved{f' ({why})' if why else ''}: a save needs "
+            f"{human_bytes(needed * 1.2)}, {human_bytes(free_bytes(target))} are free"
         )
-        if self.ema is None:
-            return
-        source = EMA if (checkpoint.folder / EMA).exists() else TRAINABLE
-        for name, whole in load_tensors(checkpoint.folder / source).items():
-            self.ema.shards[name].copy_(self.engine.shard(name, whole))
-
-
-# What may change between a run and its continuation. Everything else that enters a step may too,
-# and is said: the rest of `finetune`, `data.text` and `data.caption_dropout`.
-FREE_TO_CHANGE = {"micro_batch", "zero", "checkpoint", "preview", "timeout"}
-REFUSED_TO_CHANGE = {"seed", "batch", "train", "model.text_length"}
-
-
-def compare_states(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
-    """Refuse a checkpoint of another run; list what changed and may."""
-    then = checkpoint.state
-    for part, what in (("lifted", "lifted model"), ("data", "training data")):
-        if then["fingerprints"][part] != now["fingerprints"][part]:
-            raise BadData(
-                f"{checkpoint.folder}: made with another {what} "
-                f"({brief(then['fingerprints'][part])}, here {brief(now['fingerprints'][part])}); "
-                "use another `name`, or move the checkpoints away"
-            )
-    changed = [
-        (key, then["recipe"].get(key), value)
-        for key, value in now["recipe"].items()
-        if then["recipe"].get(key) != value
-    ]
-    for key, old, new in changed:
-        if key in REFUSED_TO_CHANGE:
-            raise BadData(
-                f"{checkpoint.folder}: made with {full(key)} {json.dumps(old)}, the recipe says "
-                f"{json.dumps(new)}; that cannot change in a run: use another `name`"
-            )
-    if then["parameters"] != now["parameters"]:
-        pairs = zip_longest(then["parameters"], now["parameters"])
-        old, new = next((old, new) for old, new in pairs if old != new)
-        raise BadData(
-            f"{checkpoint.folder}: other parameters were trained, or in another order: "
-            f"{old} there, {new} here"
-        )
-    return [
-        f"{key} {json.dumps(old)} -> {json.dumps(new)}"
-        for key, old, new in changed
-        if key not in FREE_TO_CHANGE
-    ]
-
-
-def full(key: str) -> str:
-    """The key as a recipe has it."""
-    return key if "." in key else f"finetune.{key}"
-
-
-def brief(fingerprint: str) -> str:
-    return f"{fingerprint[:19]}..."
+    return None

@@ -256,8 +256,7 @@ def test_a_save_that_cannot_end_does_not_begin(tmp_path, monkeypatch):
     with pytest.raises(CannotWrite) as caught:
         check_space(tmp_path, 1001)
     assert str(caught.value) == (
-        f"{tmp_path}: a checkpoint needs 1.2 KiB, 1.2 KiB are free; free some space and run the "
-        "same command again"
+        f"{tmp_path}: a checkpoint needs 1.2 KiB, 1.2 KiB are free; free some space"
     )
     monkeypatch.undo()
     check_space(tmp_path / "not" / "yet", 1)

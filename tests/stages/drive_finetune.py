@@ -1,6 +1,6 @@
 """Run several finetunes in one process, as one rank: drive_finetune.py RECIPE JOBS.
 
-JOBS is JSON: a list of lists of `--set` overrides. Prints one JSON line per finished run. With
+JOBS is JSON: a list of lists of `--set` overrides, or of options of the command. Prints one JSON line per finished run. With
 SEND="RANK STEP SIGNAL" in the environment, that rank sends itself the signal in that step, after
 its gradients are made and before the update.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from asymlift.errors import UserError
-from asymlift.recipe import load_recipe
+from asymlift.recipe import Recipe, load_recipe
 from asymlift.runtime import dist
 from asymlift.stages import finetune as stage
 from asymlift.stages.finetune_step import Trainer
@@ -44,6 +44,17 @@ def send_signals(ranks: dist.Ranks) -> None:
     Trainer.gradients = then_signal  # type: ignore[method-assign]
 
 
+def read_job(recipe: Path, words: list[str]) -> tuple[Recipe, stage.Start]:
+    options = {word for word in words if word.startswith("--")}
+    resumes = [word.partition("=")[2] for word in options if word.startswith("--resume=")]
+    start = stage.Start(
+        resume=resumes[0] if resumes else "auto",
+        allow_changes="--allow-changes" in options,
+        rehearse="--rehearse" in options,
+    )
+    return load_recipe(recipe, [word for word in words if word not in options]), start
+
+
 def summary(report: stage.FinetuneReport) -> dict[str, Any]:
     lines = (report.folder / "metrics.jsonl").read_text().splitlines()
     digests = {
@@ -67,9 +78,8 @@ def main() -> None:
         send_signals(ranks)
     for overrides in json.loads(sys.argv[2]):
         try:
-            report = stage.finetune(
-                load_recipe(Path(sys.argv[1]), overrides), ranks, zero3=NOTHING_STAYS
-            )
+            recipe, start = read_job(Path(sys.argv[1]), overrides)
+            report = stage.finetune(recipe, ranks, start, zero3=NOTHING_STAYS)
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             dist.end_process(int(error.exit))
