@@ -6,7 +6,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
+LEFT, RIGHT, TOP, BOTTOM = 72, 28, 16, 48
 LEGEND_LINE, LETTER = 22, 6.8  # height of a line of the legend, usual width of a letter
 NUM_COLORS = 4  # --c0 ... --c3
 MOST_MARKS = 40  # beyond that the points of a line would touch
@@ -71,7 +71,7 @@ def line_chart(
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, bottom + BOTTOM - 8, x_label, "middle"))
     middle = (top + bottom) / 2
     parts.append(
-        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">'
+        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
         f"{escape(y_label)}</text>"
     )
     for number, (name, points) in enumerate(drawn.items()):
@@ -118,11 +118,11 @@ def limits(values: Sequence[float], log: bool, *, snap: bool) -> tuple[float, fl
     low, high = min(values), max(values)
     if log:
         if snap or low == high:
-            low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
-        return (low, high) if low < high else (low / 10, high * 10)
+            low, high = 1 / round_step(1 / low), round_step(high)
+        return (low, high) if low < high * (1 - 1e-9) else (low / 10, high * 10)
     if low == high:
-        reach = abs(low) / 2 or 1.0
-        return low - reach, high + reach
+        reach = abs(low) / 2
+        return (low - reach, high + reach) if reach else (0.0, 1.0)
     if snap:
         step = round_step((high - low) / 5)
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step

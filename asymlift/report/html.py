@@ -28,6 +28,7 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
 th { font-weight: 600; } td.n, th.n { text-align: right; }
 figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: .9rem; }
 img { max-width: 100%; background: #fff; border-radius: .3rem; image-rendering: pixelated; }
+.row { display: flex; flex-wrap: wrap; gap: 0 1rem; } .row figure { flex: 1 1 18rem; }
 svg { max-width: 100%; height: auto; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); } svg .axis { stroke: var(--quiet); }
@@ -93,10 +94,16 @@ def items(lines: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
-def picture(png: bytes, caption: str) -> str:
-    data = b64encode(png).decode("ascii")
-    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+def picture(data: bytes, caption: str, kind: str = "png") -> str:
+    """A PNG, or a picture of another kind: jpeg, webp."""
+    text = b64encode(data).decode("ascii")
+    image = f'<img alt="{escape(caption)}" src="data:image/{kind};base64,{text}">'
     return f'<figure><div class="scroll">{image}</div>{figcaption(caption)}</figure>'
+
+
+def side_by_side(figures: Iterable[str]) -> str:
+    """As many in a line as there is room for."""
+    return f'<div class="row">{"".join(figures)}</div>'
 
 
 def drawing(svg: str, caption: str) -> str:

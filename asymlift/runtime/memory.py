@@ -5,6 +5,8 @@ that takes more is killed, however much the machine has. Only the standard libra
 """
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,12 @@ def available_memory() -> int:
 def container_limit() -> int | None:
     """The memory limit of the control groups that this process is in, if they have one."""
     return min((limit for limit, _ in _limits()), default=None)
+
+
+def peak_of_process() -> int:
+    """The most bytes that this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _machine_available() -> int:

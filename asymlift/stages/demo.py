@@ -1,6 +1,6 @@
 """demo: the whole method on the embedded tiny model, through the stages that a user runs.
 
-    scenes -> prepare -> fit-basis -> convert -> finetune -> sample -> measure -> report.html
+    scenes -> prepare -> fit-basis -> convert -> finetune -> sample -> measure -> demo-report.html
 
 It ends with a table, and fails when the port does not do what it promises (the gates).
 """
@@ -35,6 +35,7 @@ from asymlift.report.pictures import grid_png
 from asymlift.report.prepare_report import PrepareReport
 from asymlift.report.training_report import curve_sections
 from asymlift.runtime import log
+from asymlift.runtime.metrics import read_metrics
 from asymlift.stages.convert import ConvertReport
 from asymlift.stages.prepare import Share
 from asymlift.stages.verbs import (
@@ -138,7 +139,7 @@ def run_all(recipe: Recipe, out: Path, model: str) -> DemoReport:
     with timed(seconds, "measure"):
         scores = measure(pictures, prompts)
     gates = check_gates(basis, conversion, scores, beats_its_base=model == WEAK)
-    report = DemoReport(out, out / "report.html", scores, gates, seconds)
+    report = DemoReport(out, out / "demo-report.html", scores, gates, seconds)
     write_report(report, recipe, pictures, basis, conversion, ABOUT[model])
     return report
 
@@ -317,7 +318,7 @@ def write_report(
     conversion: ConvertReport,
     about: str,
 ) -> None:
-    metrics = log.read_metrics(recipe.run_folder / "metrics.jsonl")
+    metrics = read_metrics(recipe.run_folder / "metrics.jsonl")
     grid = grid_png([(row, image[:SHOWN]) for row, image in pictures.items()], SCALE)
     write_bytes_atomically(report.folder / "compare.png", grid)
     base, tuned = report.scores[ROWS["base"]], report.scores[ROWS["ema"]]

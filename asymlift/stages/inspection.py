@@ -20,7 +20,7 @@ from asymlift.families.base import Family, Geometry
 from asymlift.maths.schedule import pixel_shift
 from asymlift.model.trained_weights import DOWN, UP
 from asymlift.recipe import load_recipe
-from asymlift.runtime.log import read_metrics
+from asymlift.runtime.metrics import read_metrics
 from asymlift.stages.fit_basis import verdict_on
 from asymlift.stages.inspect_data import inspect_data, is_data
 from asymlift.stages.inspected import SHOWN, Inspection, brief, some_of
