@@ -397,6 +397,14 @@ class Recipe(Section):
     sample: SampleSection = SampleSection()
     prepare: PrepareSection | None = None
 
+    @model_validator(mode="after")
+    def validation_has_samples(self) -> Self:
+        if self.finetune.validation is not None and self.data.validation is None:
+            raise ValueError(
+                "finetune.validation needs data.validation: samples that are not trained on"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         return Path(self.runs) / self.name
