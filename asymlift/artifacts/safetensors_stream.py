@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,13 +141,20 @@ def read_tensor(path: Path, name: str, header: Header | None = None) -> Tensor:
     info = (header or read_header(path)).tensors.get(name)
     if info is None:
         raise BadData(f"{path}: there is no tensor called {name}.")
-    data = bytearray()
+    data, end = bytearray(info.num_bytes), 0
     for piece in read_bytes(path, info):
-        data += piece
+        data[end : end + len(piece)] = piece
+        end += len(piece)
     dtype = DTYPES[info.dtype][1]
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+
+
+def tensor_reader(path: Path) -> Callable[[str], Tensor]:
+    """Reads one tensor of a file at a time, by name."""
+    header = read_header(path)
+    return lambda name: read_tensor(path, name, header)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -1,5 +1,6 @@
 """What trains, by name, and what this rank holds of it."""
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -12,10 +13,16 @@ class Trainable:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     adapted: list[str] = field(default_factory=list)
+    matrices: set[str] = field(default_factory=set)  # inside the blocks: what Muon is for
 
     @property
     def num_parameters(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters.values())
+        return sum(math.prod(shape_of(p)) for p in self.parameters.values())
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the whole parameter: under ZeRO-3 its own is empty between steps."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:

@@ -1,10 +1,12 @@
-"""Every ZeRO stage trains as torch alone does, and gives and takes its state by name.
+"""Every ZeRO stage, place and optimizer trains as torch alone does, and gives and takes its state.
 
-DeepSpeed keeps global state, so all of it runs once, in a process of its own (engine_checks.py).
+DeepSpeed keeps global state, so all of it runs once per number of ranks, in processes of its own
+(engine_checks.py).
 """
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,55 +14,85 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.engine_checks import CASES
+from tests.runtime.engine_checks import CASES, CLIP, CROSSED, EIGHT_BIT, HAS_8_BIT, OF_TWO_RANKS
 
 UPDATES, UNCLIPPED = 3, 2
+ALL = [(1, name) for name in (*CASES, *EIGHT_BIT)] + [(2, name) for name in OF_TWO_RANKS]
+
+
+def run(ranks: int) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.runtime.engine_checks"],
+            cwd=Path(__file__).parents[2],
+            env=environment(rank, ranks, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    said = [process.communicate(timeout=240) for process in processes]
+    assert all(process.returncode == 0 for process in processes), said
+    found: dict[str, Any] = json.loads(said[0][0])  # DeepSpeed's lines go to stderr
+    return found
+
+
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    rest = {key: value for key, value in os.environ.items() if key not in variables}
+    if ranks == 1:
+        return rest  # one rank needs no launcher
+    numbers = (rank, ranks, rank, "127.0.0.1", port)
+    return {**rest, **{key: str(value) for key, value in zip(variables, numbers, strict=True)}}
 
 
 @pytest.fixture(scope="module")
-def document() -> dict[str, Any]:
-    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    alone = {key: value for key, value in os.environ.items() if key not in variables}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.runtime.engine_checks"],
-        cwd=Path(__file__).parents[2],
-        env=alone,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)  # DeepSpeed's lines go to stderr
-    return found
+def documents() -> dict[int, dict[str, Any]]:
+    return {ranks: run(ranks) for ranks in (1, 2)}
 
 
-@pytest.fixture(params=CASES)
-def facts(document, request) -> dict[str, Any]:
-    """What one stage did; stage 3 sharded for real, and with small parameters left whole."""
-    found: dict[str, Any] = document[request.param]
-    return found
+@pytest.fixture(params=ALL, ids=lambda case: f"{case[0]} rank(s), {case[1]}")
+def facts(documents, request) -> dict[str, Any]:
+    """What one engine did; stage 3 sharded for real, and with small parameters left whole."""
+    ranks, name = request.param
+    if name in EIGHT_BIT and not HAS_8_BIT:
+        pytest.skip("bitsandbytes is not installed")
+    found: dict[str, Any] = documents[ranks][name]
+    return {**found, "name": name, "tolerance": 0.1 if name in EIGHT_BIT else 1e-6}
 
 
 def test_an_engine_begins_with_the_modules_weights_and_empty_moments(facts):
     assert facts["begins with its weights"]
     assert (facts["updates at first"], facts["moments at first"]) == (0, 0.0)
-    assert facts["shapes"]["first.weight"] == [5, 6] and facts["shapes"]["scale"] == [1]
-    assert facts["count"] == 95
+    assert facts["shapes"]["first.weight"][1] == 6 and facts["shapes"]["scale"] == [1]
+    assert facts["count"]
 
 
 def test_clipped_updates_of_three_groups_are_those_of_torch(facts):
-    """Weights, moments and the norm before clipping, with two micro-batches per update."""
-    assert facts["norms"] == pytest.approx(facts["norms of torch"], rel=1e-6)
-    assert min(facts["norms"]) > 0.5  # so that all were clipped
-    assert facts["weights against torch"] < 1e-6
-    assert facts["moments against torch"] < 1e-6
+    """Weights, moments and the norm before clipping, with two micro-batches per update.
+
+    Muon is written out there, and AdamW with moments of 8 bits differs by what they round.
+    """
+    tolerance = facts["tolerance"]
+    assert facts["norms"] == pytest.approx(facts["norms of torch"], rel=tolerance)
+    assert max(facts["norms"]) > 2 * CLIP
+    assert facts["weights against torch"] < tolerance
+    assert facts["moments against torch"] < tolerance
     assert facts["updates"] == UPDATES
 
 
 def test_without_clipping_nothing_is_clipped(facts):
     """DeepSpeed's own default is 1."""
-    assert facts["unclipped norms"] == pytest.approx(facts["unclipped norms of torch"], rel=1e-6)
-    assert min(facts["unclipped norms"]) > 1
-    assert facts["weights against torch, unclipped"] < 1e-6
+    tolerance = facts["tolerance"]
+    assert facts["unclipped norms"] == pytest.approx(
+        facts["unclipped norms of torch"], rel=tolerance
+    )
+    assert min(facts["unclipped norms"]) > CLIP
+    assert facts["weights against torch, unclipped"] < tolerance
 
 
 def test_whole_and_shard_are_inverses(facts):
@@ -74,24 +106,36 @@ def test_shown_weights_are_what_the_forward_reads_and_go_without_a_trace(facts):
 
 
 def test_the_state_in_another_engine_goes_on_to_the_last_bit(facts):
+    """Nothing has been trained there before: the state needs no first update to exist."""
     assert facts["restored weights"] and facts["restored moments"]
     assert facts["restored updates"] == UPDATES
-    assert facts["restored loss"]  # what the forward reads, not only what AdamW updates
+    assert facts["restored loss"]  # what the forward reads, not only what is updated
     assert facts["goes on alike"] and facts["norms that go on alike"]
 
 
-def test_an_update_that_is_not_finite_is_left_out(document):
-    for case in CASES:
-        facts, whole = document[case], UPDATES + UNCLIPPED
-        assert facts["nan norm"] == ("nan" if case == "0" else "inf")
-        assert facts["nan left out"]
-        assert (facts["skipped"], facts["updates after nan"]) == (1, whole)
+def test_an_update_that_is_not_finite_is_left_out(facts):
+    """Weights and moments stay what they were."""
+    assert facts["nan norm"] == ("nan" if facts["name"].startswith("0") else "inf")
+    assert facts["nan left out"]
+    assert (facts["skipped"], facts["updates after nan"]) == (1, UPDATES + UNCLIPPED)
 
 
-def test_the_state_of_any_stage_fits_any_other_to_the_last_bit(document):
-    stages = ("0", "1", "3")
-    assert document["cross"] == {f"{a} -> {b}": True for a in stages for b in stages}
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", CROSSED)
+def test_the_state_of_any_stage_goes_on_at_any_other_to_the_last_bit(documents, kind, ranks):
+    names = CROSSED[kind]
+    expected = {f"{a} -> {b}": True for a in names for b in names}
+    assert documents[ranks]["cross"][kind] == expected
 
 
-def test_one_rank_needs_no_launcher_and_agrees_with_itself(document):
-    assert document["dist"] == {"summed": [1.0, 2.0], "from first": "x", "barrier": None}
+@pytest.mark.skipif(not HAS_8_BIT, reason="bitsandbytes is not installed")
+def test_moments_of_32_bits_are_rounded_to_8_and_taken_back_as_they_are(documents):
+    """Between these two kinds a run may change."""
+    found = documents[1]["converted"]
+    assert 0 < found["stored"] < 0.02
+    assert (found["back"], found["updates"]) == (0, 1)
+
+
+def test_one_rank_needs_no_launcher_and_agrees_with_itself(documents):
+    assert documents[1]["dist"] == {"summed": [1.0, 2.0], "from first": "x", "barrier": None}
+    assert documents[2]["dist"] == {"summed": [2.0, 4.0], "from first": "x", "barrier": None}

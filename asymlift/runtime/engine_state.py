@@ -1,0 +1,157 @@
+"""Training state by parameter name, as whole float32 tensors.
+
+It does not depend on the ZeRO stage, on what is offloaded, or on the number of ranks. DeepSpeed's
+own checkpoints (pickle, by position) are never used.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+from asymlift.runtime.dist import Ranks
+from asymlift.runtime.layout import Layout, Piece
+from asymlift.runtime.optimizers import (
+    OptimizerSettings,
+    filling,
+    moment_keys,
+    read_moment,
+    set_step,
+)
+from asymlift.runtime.parameters import Trainable, local_shard
+
+Read = Callable[[str], Tensor]  # one tensor of a file, by name
+NamedTensors = Iterator[tuple[str, Tensor]]
+
+
+class EngineState:
+    """What an engine trains, and what its optimizer remembers, by name."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        ranks: Ranks,
+        optimizer: torch.optim.Optimizer,
+        use: OptimizerSettings,
+        layout: Layout,
+    ) -> None:
+        self.trainable, self.ranks, self.optimizer = trainable, ranks, optimizer
+        self.use, self.layout = use, layout
+
+    @property
+    def num_updates(self) -> int:
+        steps = {int(self.optimizer.state[flat]["step"]) for flat in self.layout.flats}
+        assert len(steps) == 1, f"parameters disagree about the step: {sorted(steps)}"
+        return steps.pop()
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self.layout.piece(name).shape
+
+    def moment_names(self, name: str) -> list[str]:
+        """The moments of a parameter, such as `exp_avg/NAME`."""
+        return [f"{key}/{name}" for key in moment_keys(self.use, self.trainable, name)]
+
+    # --- a tensor and its shards ------------------------------------------------------------------
+
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """A parameter-like tensor from what every rank holds of it. Every rank has to call."""
+        parameter: Any = self.trainable.parameters[name]
+        if not hasattr(parameter, "ds_shape"):
+            return shard.detach()
+        shard = shard.to(self.layout.device).contiguous()
+        pieces = [torch.empty_like(shard) for _ in range(self.ranks.world)]
+        td.all_gather(pieces, shard)
+        flat = torch.cat([piece.flatten() for piece in pieces])
+        whole = flat[: parameter.ds_numel].view(parameter.ds_shape)
+        assert whole.numel() == parameter.ds_numel, name
+        return whole
+
+    def shard(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank holds of a whole tensor; the inverse of `whole`."""
+        parameter = self.trainable.parameters[name]
+        local = local_shard(parameter)
+        if not hasattr(parameter, "ds_shape"):
+            return whole.to(local)
+        padded = local.new_zeros(local.numel() * self.ranks.world)
+        padded[: whole.numel()] = whole.flatten().to(local)
+        start = self.ranks.rank * local.numel()
+        return padded[start : start + local.numel()].view_as(local).clone()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def weights(self) -> NamedTensors:
+        """Every trained tensor, whole, in float32, one at a time. Every rank has to iterate."""
+        for name, parameter in self.trainable.parameters.items():
+            yield name, self.whole(name, local_shard(parameter)).float()
+
+    def moments(self) -> NamedTensors:
+        """What the optimizer remembers, whole, one at a time. Every rank has to iterate."""
+        for flat, pieces in self.layout.flats.items():
+            state = self.optimizer.state[flat]
+            for name, piece in pieces.items():
+                for moment in self.moment_names(name):
+                    values = read_moment(state, key_of(moment), piece)
+                    yield moment, self.layout.gathered(piece, values)
+
+    # --- writing: without collectives, so that a rank can fail alone ------------------------------
+
+    @torch.no_grad()
+    def set_weights(self, read: Read) -> None:
+        """Overwrite trained weights, in what the next forward reads and in what is updated."""
+        for name, parameter in self.trainable.parameters.items():
+            whole = read(name)
+            local_shard(parameter).copy_(self.shard(name, whole))
+            if stays_whole(parameter):
+                parameter.data.copy_(whole)
+            piece = self.layout.piece(name)
+            self.layout.home[name].view(-1)[piece.in_flat] = part_of(whole, piece)
+
+    @torch.no_grad()
+    def set_moments(self, read: Read, num_updates: int) -> None:
+        """Overwrite what the optimizer remembers. A rank reads what it has pieces of."""
+        for flat, pieces in self.layout.flats.items():
+            state = self.optimizer.state[flat]
+            for key in sorted({key_of(m) for name in pieces for m in self.moment_names(name)}):
+                with filling(state, key) as values:
+                    for name, piece in pieces.items():
+                        if piece.count:
+                            values[piece.in_flat] = part_of(read(f"{key}/{name}"), piece)
+            set_step(state, num_updates)
+
+    # --- other weights for a while ----------------------------------------------------------------
+
+    @contextmanager
+    def showing(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the next forward reads these weights; what is updated is untouched."""
+        before = {name: local_shard(self.trainable.parameters[name]).clone() for name in shards}
+        try:
+            self.show_shards(shards)
+            yield
+        finally:
+            self.show_shards(before)
+
+    @torch.no_grad()
+    def show_shards(self, shards: Mapping[str, Tensor]) -> None:
+        for name, shard in shards.items():
+            parameter = self.trainable.parameters[name]
+            local_shard(parameter).copy_(shard)
+            if stays_whole(parameter):
+                parameter.data.copy_(self.whole(name, shard))
+
+
+def key_of(moment: str) -> str:
+    return moment.partition("/")[0]
+
+
+def part_of(whole: Tensor, piece: Piece) -> Tensor:
+    """What a rank updates of a whole tensor, flat."""
+    assert tuple(whole.shape) == piece.shape, f"{tuple(whole.shape)} for {piece.shape}"
+    return whole.flatten()[piece.in_whole].float()
+
+
+def stays_whole(parameter: Any) -> bool:
+    """Under ZeRO-3 small parameters stay whole between steps, beside their shards."""
+    return hasattr(parameter, "ds_shape") and parameter.numel() == parameter.ds_numel
