@@ -224,6 +224,20 @@ def convert(
 def finetune(
     recipe: RecipeFile,
     overrides: Overrides = [],
+    resume: Annotated[
+        str, typer.Option("--resume", help="auto, none, or a checkpoint's folder (step-N).")
+    ] = "auto",
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Go on although the recipe trains differently."),
+    ] = False,
+    rehearse: Annotated[
+        bool | None,
+        typer.Option(
+            "--rehearse/--no-rehearse",
+            help="Try out what needs memory and disk before the first step; on a GPU by default.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     verbose: Verbose = 0,
@@ -234,9 +248,12 @@ def finetune(
     from asymlift.stages import verbs
 
     if dry_run:
-        show_plan(plan, as_json=as_json, checks=verbs.check_finetune(plan))
+        show_plan(plan, as_json=as_json, checks=verbs.check_finetune(plan, resume))
         return
-    report = verbs.run_finetune(plan)
+    from asymlift.stages.finetune_start import Start
+
+    start = Start(resume=resume, allow_changes=allow_changes, rehearse=rehearse)
+    report = verbs.run_finetune(plan, start)
     then = following("sample", recipe, overrides) + ' --prompt "..."'
     verbs.finish(report, then, as_json=as_json)
 
@@ -284,6 +301,32 @@ def sample(
         show_plan(plan, as_json=as_json, checks=verbs.check_sample(plan, request))
         return
     verbs.finish(verbs.run_sample(plan, request), None, as_json=as_json)
+
+
+@command("plan")
+def plan(
+    recipe: RecipeFile,
+    gpus: Annotated[int, typer.Option(min=1, help="On how many, of all nodes together.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB, of each.")] = 80,
+    overrides: Overrides = [],
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a finetune will take of memory, disk and data, and what to change if too much."""
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        show_plan(resolved, as_json=as_json, checks={"gpus": gpus, "GiB per GPU": gpu_memory})
+        return
+    from asymlift.stages import plan as stage
+
+    report = stage.plan(resolved, gpus, gpu_memory)
+    if as_json:
+        log.print_json(stage.as_json(report))
+        return
+    for line in stage.render(report):
+        typer.echo(line)
 
 
 @command("demo")
@@ -359,16 +402,27 @@ def verify(
 
 
 @command("doctor")
-def doctor(as_json: AsJson = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="Also look at what it names.")
+    ] = None,
+    overrides: Overrides = [],
+    as_json: AsJson = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
     """Check that this machine is fit: packages, accelerator, memory, disk."""
+    plan = load_recipe(recipe, overrides) if recipe else None
     from asymlift.stages import doctor as stage
 
-    checks = stage.examine()
+    checks = stage.examine(plan)
     if as_json:
         log.print_json(stage.as_json(checks))
     else:
         from rich.console import Console
 
-        Console().print(stage.render(checks))
+        console = Console()
+        wide = None if console.is_terminal else stage.WIDTH
+        Console(width=wide).print(stage.render(checks))
     if not stage.is_fit(checks):
         raise typer.Exit(int(Exit.UNAVAILABLE))

@@ -1,4 +1,4 @@
-"""What people see while a stage runs: lines, progress, and metrics.jsonl.
+"""What people see while a stage runs: lines and progress.
 
 Everything human goes to stderr; stdout is for the one JSON document of `--json`. A terminal gets
 a live progress bar, anything else plain lines now and then.
@@ -9,14 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.redact import redacted, redacted_values
 
 Item = TypeVar("Item")
@@ -47,21 +46,50 @@ def warn(text: str) -> None:
     console.print(f"warning: {redacted(text)}", style="yellow", markup=False)
 
 
-def kept_warnings(path: Path) -> Callable[[str], None]:
-    """`warn` that also writes to a file: the screens of ranks above 0 are silent."""
+def complain(text: str) -> None:
+    """Something failed, and the command goes on. Also said with -q."""
+    if console.quiet:
+        sys.stderr.write(f"error: {redacted(text)}\n")
+    else:
+        console.print(f"error: {redacted(text)}", style="red", markup=False)
+
+
+def keep_line(path: Path, text: str) -> None:
+    """Add a line to a log file, if that can be: no run ends because its log cannot be written."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
+
+
+def kept(tell: Callable[[str], None], path: Path) -> Callable[[str], None]:
+    """Also write to a file what is told: the screens of ranks above 0 are silent."""
 
     def keep(text: str) -> None:
-        warn(text)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
+        tell(text)
+        keep_line(path, text)
 
     return keep
 
 
+def kept_warnings(path: Path) -> Callable[[str], None]:
+    return kept(warn, path)
+
+
 def is_live() -> bool:
     return console.is_terminal and not (os.environ.get("CI") or os.environ.get("NO_COLOR"))
+
+
+def human_seconds(seconds: float) -> str:
+    """70 -> '70 s', 7_300 -> '2 h 2 min', 200_000 -> '2 d 7 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 120:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 class Ticker:
@@ -99,7 +127,8 @@ class Ticker:
         made = self.done - self.begun_at
         if made <= 0 or not self.total:
             return ""
-        return f", {(now - self.started) / made * (self.total - self.done):.0f} s to go"
+        left = (now - self.started) / made * (self.total - self.done)
+        return f", {human_seconds(left)} to go"
 
     def close(self) -> None:
         if self.bar is not None:
@@ -120,39 +149,6 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
         for item in items:
             yield item
             ticker.tick()
-
-
-class Metrics:
-    """metrics.jsonl: one line per step; lines after the resumed step are dropped first."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_bytes_atomically(path, text.encode())
-        self.file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, **values: Any) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a line cut by a kill is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
-            break
-        lines.append(line)
-    return lines
 
 
 def answer(text: str) -> None:

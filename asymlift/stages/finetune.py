@@ -4,10 +4,9 @@ The run is assembled here and led from step to step; finetune_step.py takes one.
 checkpoint holds.
 """
 
-import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,40 +14,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from asymlift.artifacts.checkpoint import Checkpoint, step_folder
-from asymlift.artifacts.files import exclusive_lock, write_bytes_atomically, writing
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
 from asymlift.data.feed import Feed
-from asymlift.errors import BadRecipe, StoppedEarly
+from asymlift.errors import StoppedEarly
 from asymlift.families import find_family
 from asymlift.model.ema import Ema
-from asymlift.recipe import FinetuneSection, Recipe
-from asymlift.report.training_report import training_page
+from asymlift.recipe import Recipe
 from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine, EngineSettings
 from asymlift.runtime.log import (
-    Metrics,
     Ticker,
-    detail,
+    keep_line,
     kept_warnings,
     progress,
-    read_metrics,
     say,
 )
+from asymlift.runtime.optimizers import OptimizerSettings
 from asymlift.runtime.shared_folder import check_shared
 from asymlift.runtime.signals import StopRequest, stop_requests
+from asymlift.runtime.tables import show_table
+from asymlift.runtime.trackers import check_trackers
 from asymlift.runtime.watchdog import MARGIN, watched
 from asymlift.stages.finetune_data import Encoders, check_sample, open_training_data
+from asymlift.stages.finetune_journal import Journal
 from asymlift.stages.finetune_ledger import Ledger, by_reason, read_skipped
 from asymlift.stages.finetune_model import adapters_of, build_step
-from asymlift.stages.finetune_state import TrainingState, find_checkpoint
+from asymlift.stages.finetune_resume import (
+    Change,
+    check_changes,
+    find_checkpoint,
+    recipe_facts,
+    restored_rows,
+)
+from asymlift.stages.finetune_start import Start, accumulation_for, locked
+from asymlift.stages.finetune_state import TrainingState
 from asymlift.stages.finetune_step import Trainer
+from asymlift.stages.finetune_validation import Validation
 from asymlift.stages.locate import checkpoints_path, lifted_path
 from asymlift.stages.preview import Previews
-from asymlift.stages.provenance import library_versions
+from asymlift.stages.provenance import (
+    add_to_start,
+    library_versions,
+    record_recipe,
+    record_start,
+)
+from asymlift.stages.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True)
@@ -61,14 +76,15 @@ class FinetuneReport:
     checkpoint: Path
     seconds: float
     num_trained: int  # parameters
-    last: dict[str, float]  # the last line of metrics.jsonl; empty if nothing was left to do
+    last: dict[str, Any]  # the last line of metrics.jsonl; empty if nothing was left to do
     bad_samples: dict[str, int]  # reason -> samples that could not be trained on
 
 
 def finetune(
-    recipe: Recipe, ranks: Ranks, *, zero3: dict[str, int] | None = None
+    recipe: Recipe, ranks: Ranks, start: Start | None = None, *, zero3: dict[str, int] | None = None
 ) -> FinetuneReport:
     """Train to the recipe's last step, from the newest checkpoint that is whole."""
+    start = start or Start()
     settings = recipe.finetune
     accumulation = accumulation_for(settings, ranks)
     device = dist.device_for(ranks)
@@ -79,10 +95,13 @@ def finetune(
         locked(recipe.run_folder, ranks),
     ):
         check_shared(recipe.run_folder, ranks)
-        found = find_checkpoint(checkpoints_path(recipe), ranks)
+        dist.first_does(ranks, lambda: check_trackers(settings.trackers))
+        dist.first_does(ranks, lambda: record_start(recipe, "finetune"))
+        found = find_checkpoint(checkpoints_path(recipe), start.resume, ranks)
         if found is not None and found.step >= settings.steps:
             return dist.first_does(ranks, lambda: nothing_left(recipe.run_folder, found))
-        return Run(recipe, ranks, device, accumulation, zero3 or {}).to_the_end(found, request)
+        run = Run(recipe, ranks, device, accumulation, zero3 or {})
+        return run.to_the_end(found, start, request)
 
 
 def nothing_left(folder: Path, found: Checkpoint) -> FinetuneReport:
@@ -97,30 +116,6 @@ def nothing_left(folder: Path, found: Checkpoint) -> FinetuneReport:
         last={},
         bad_samples=by_reason(read_skipped(folder)),
     )
-
-
-def accumulation_for(settings: FinetuneSection, ranks: Ranks) -> int:
-    at_once = settings.micro_batch * ranks.world
-    if settings.batch % at_once:
-        raise BadRecipe(
-            f"finetune.batch {settings.batch} is not a multiple of micro_batch "
-            f"{settings.micro_batch} x {ranks.world} ranks; change one of the three"
-        )
-    return settings.batch // at_once
-
-
-@contextmanager
-def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """One finetune per run folder."""
-    with ExitStack() as held:
-
-        def lock() -> None:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive_lock(folder / ".finetune.lock", "this run"))
-
-        dist.first_does(ranks, lock)
-        yield
 
 
 class Run:
@@ -149,6 +144,9 @@ class Run:
         encoders = Encoders(self.lifted, self.family, recipe, ranks, device, self.training)
         self.maker = encoders.batch_maker(self.settings)
         self.previews = Previews.begin(recipe, self.lifted, self.family, ranks, device, encoders)
+        self.validation = Validation.begin(
+            recipe, self.lifted, self.family, ranks, self.training, encoders
+        )
         encoders.let_go()
 
         watch.at(None, "loading the model")
@@ -158,11 +156,17 @@ class Run:
         )
         watch.at(None, "starting the engine")
         self.engine = Engine(self.step_module, self.trainable, self.engine_settings(zero3), ranks)
-        self.ema = Ema(self.trainable.parameters) if self.settings.ema else None
+        average = self.settings.ema
+        self.ema = Ema.of(self.trainable.parameters, ranks, average.shard) if average else None
+        self.log = self.folder / "logs" / f"rank-{ranks.rank}.log"
+        self.warn = kept_warnings(self.log)
         self.state = TrainingState(
-            checkpoints_path(recipe), self.engine, self.ema, self.settings.checkpoint
+            checkpoints_path(recipe),
+            self.engine,
+            self.ema,
+            self.settings.checkpoint,
+            self.log,
         )
-        self.warn = kept_warnings(self.folder / "logs" / f"rank-{ranks.rank}.log")
         self.trainer = Trainer(
             self.settings, self.engine, self.ema, self.maker, self.training, self.ledger, self.warn
         )
@@ -171,49 +175,66 @@ class Run:
         use = self.settings
         return EngineSettings(
             zero_stage=use.zero.stage,
+            offload=use.zero.offload,
             micro_batch=use.micro_batch,
             accumulation=self.accumulation,
-            betas=use.optimizer.betas,
-            eps=use.optimizer.eps,
-            weight_decay=use.optimizer.weight_decay,
+            optimizer=OptimizerSettings(
+                kind=use.optimizer.kind,
+                betas=use.optimizer.betas,
+                eps=use.optimizer.eps,
+                weight_decay=use.optimizer.weight_decay,
+                momentum=use.optimizer.momentum,
+            ),
             autocast=self.precision if use.train == "full" else None,
             zero3=zero3 if use.zero.stage == 3 else {},
         )
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def to_the_end(self, found: Checkpoint | None, request: StopRequest) -> FinetuneReport:
+    def to_the_end(
+        self, found: Checkpoint | None, start: Start, request: StopRequest
+    ) -> FinetuneReport:
         started = time.monotonic()
-        steps, begin = self.settings.steps, self.resume(found) if found else 0
-        last: dict[str, float] = {}
+        steps, begin = self.settings.steps, found.step if found else 0
+        last: dict[str, Any] = {}
+        if found is not None:  # before anything takes time
+            changes = check_changes(found, self.facts(), allowed=start.allow_changes)
+        if start.rehearse or (start.rehearse is None and self.device.type == "cuda"):
+            self.rehearse(begin)
+        if found is not None:
+            self.resume(found, changes)
         if self.ranks.first:
             self.announce(begin)
-        if self.previews and begin == 0:
-            self.show(0)
-        with self.feed(begin) as feed, self.metrics(begin) as metrics, self.ticker(begin) as ticker:
-            for step in range(begin, steps):
-                if self.ranks.first:
-                    request.look_for_file(self.folder)
-                last, stop = self.trainer.take(step, feed, request)
-                done = step + 1
-                if metrics is not None:
-                    metrics.write(done, **last)
-                if ticker is not None:
-                    ticker.tick(note=f"loss {last['loss']:.4f}")
-                if done % self.settings.checkpoint.every == 0 or done == steps or stop:
-                    self.save(done)
-                if stop and done < steps:
+        dist.first_does(self.ranks, lambda: self.note_start(begin))
+        with self.journal(begin) as journal, self.ticker(begin) as ticker:
+            if begin == 0:
+                self.begin_curves(journal)
+            with self.feed(begin) as feed:
+                for step in range(begin, steps):
                     if self.ranks.first:
-                        request.obeyed(self.folder)
-                    raise StoppedEarly(
-                        f"stopped by {stop} after step {done} of {steps}, and saved; "
-                        "run the same command again to go on",
-                        request.exit,
-                    )
-                if self.previews and (done % self.previews.every == 0 or done == steps):
-                    self.show(done)
-        watch.at(steps, "writing the report")
-        dist.first_does(self.ranks, self.write_page)
+                        request.look_for_file(self.folder)
+                    last, stop = self.trainer.take(step, feed, request)
+                    done, ends = step + 1, step + 1 == steps
+                    if ends or not stop:
+                        last |= self.validate(done)
+                    last |= self.state.told()
+                    if journal is not None:
+                        last = journal.step(done, last)
+                    if ticker is not None:
+                        ticker.tick(note=f"loss {last['loss']:.4f}")
+                    if done % self.settings.checkpoint.every == 0 or ends or stop:
+                        self.save(done, must=ends or stop is not None)
+                    if stop and not ends:
+                        if self.ranks.first:
+                            request.obeyed(self.folder)
+                        if journal is not None:
+                            journal.write_page(f"stopped by {stop}")
+                        raise StoppedEarly(
+                            f"stopped by {stop} after step {done} of {steps}, and saved; "
+                            "run the same command again to go on",
+                            request.exit,
+                        )
+                    self.show_what_is_due(done, journal)
         return FinetuneReport(
             folder=self.folder,
             step=steps,
@@ -236,17 +257,17 @@ class Run:
         return self.training.feed(self.ranks, begin, check, self.warn)
 
     @contextmanager
-    def metrics(self, begin: int) -> Iterator[Metrics | None]:
-        """metrics.jsonl of rank 0."""
+    def journal(self, begin: int) -> Iterator[Journal | None]:
+        """Rank 0's account of the run."""
         with ExitStack() as opened:
 
-            def begin_file() -> None:
-                metrics = Metrics(self.folder / "metrics.jsonl", begin)
-                opened.enter_context(closing(metrics))
-                box.append(metrics)
+            def start() -> None:
+                journal = Journal(self.recipe, begin, self.device, lambda: self.ledger.reasons)
+                opened.enter_context(closing(journal))
+                box.append(journal)
 
-            box: list[Metrics] = []
-            dist.first_does(self.ranks, begin_file)
+            box: list[Journal] = []
+            dist.first_does(self.ranks, start)
             yield box[0] if box else None
 
     @contextmanager
@@ -259,21 +280,56 @@ class Run:
         ):
             yield ticker
 
-    def write_page(self) -> None:
-        lines = read_metrics(self.folder / "metrics.jsonl")
-        samples, reasons = self.folder / "samples", self.ledger.reasons
-        text = training_page(f"finetune {self.recipe.name}", lines, samples, reasons)
-        write_bytes_atomically(self.folder / "finetune-report.html", text.encode())
+    def begin_curves(self, journal: Journal | None) -> None:
+        """What the model does as converted: the first point of every curve."""
+        values = self.validate(0)
+        if journal is not None:
+            journal.start(values)
+        self.show_what_is_due(0, journal)
+
+    def validate(self, step: int) -> dict[str, Any]:
+        """The numbers of the averaged weights on held-out samples, if it is time for them."""
+        if self.validation is None or not self.validation.is_due(step, self.settings.steps):
+            return {}
+        watch.at(step, "validating")
+        with self.engine.showing(self.shown):
+            return self.validation.measure(self.step_module, self.maker)
+
+    def show_what_is_due(self, step: int, journal: Journal | None) -> None:
+        """Previews, and the page whenever there is something new to be seen on it."""
+        ends = step == self.settings.steps
+        drawn = self.previews is not None and (step % self.previews.every == 0 or ends)
+        if drawn:
+            self.show(step)
+        if journal is None:
+            return
+        if drawn and self.previews is not None:
+            journal.preview(step, self.previews.grid(step))
+        if drawn or ends or (self.validation and self.validation.is_due(step, step + 1)):
+            watch.at(step, "writing the report")
+            journal.write_page("finished" if ends else "running")
 
     def show(self, step: int) -> None:
         """Pictures of the averaged weights, which sit in the model only while they are made."""
         assert self.previews is not None
         watch.at(step, "drawing previews")
-        shards = self.ema.shards if self.ema else {}
-        with self.engine.showing(shards):
+        with self.engine.showing(self.shown):
             self.previews.show(step, self.step_module.student)
 
+    @property
+    def shown(self) -> Mapping[str, Tensor]:
+        """The weights that pictures are made with: the average, if there is one."""
+        return self.ema.shown if self.ema else {}
+
     # --- state --------------------------------------------------------------------------------
+
+    def note_start(self, begin: int) -> None:
+        """What run.json and config.yaml say of this start, now that it is a run."""
+        record_recipe(self.recipe)
+        fingerprints = {**self.lifted.fingerprints, **self.facts()["fingerprints"]}
+        add_to_start(
+            self.recipe, fingerprints=fingerprints, ranks=self.ranks.world, after_step=begin
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of its run, beside the tensors."""
@@ -284,35 +340,44 @@ class Run:
                 "lifted": digest_json(self.lifted.facts),
                 "data": self.training.digest,
             },
-            "recipe": {
-                **json.loads(self.settings.model_dump_json()),
-                "data.text": self.recipe.data.text,
-                "data.caption": self.recipe.data.caption.model_dump(),
-                "data.caption_dropout": self.recipe.data.caption_dropout,
-                "model.text_length": self.recipe.model.text_length,
-            },
+            **recipe_facts(self.recipe),
+            "parameters": self.state.parameters,
+            "ranks": self.ranks.world,
             "versions": library_versions(),
         }
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, must: bool) -> None:
         watch.at(step, "saving")
         counts = {
             "samples": step * self.settings.batch,
             "seen": self.ledger.num_seen,
             "bad": self.ledger.num_bad,
         }
-        self.state.save(step, {**self.facts(), **counts})
-        detail(f"saved {step_folder(self.state.checkpoints, step)}")
+        self.state.save(step, {**self.facts(), **counts}, must=must)
 
-    def resume(self, found: Checkpoint) -> int:
-        """Go on from a checkpoint; returns its step."""
+    def resume(self, found: Checkpoint, changes: list[Change]) -> None:
+        """Go on from a checkpoint, and say what it brought."""
         watch.at(found.step, "resuming")
-        self.state.check(found, self.facts())
-        self.trainer.warm_up(found.step)
         self.state.restore(found)
         self.trainer.num_updates = found.state["updates"]
         self.ledger.num_seen, self.ledger.num_bad = found.state["seen"], found.state["bad"]
-        return found.step
+        if self.ranks.first:
+            rows = restored_rows(found, self.facts(), changes)
+            keep_line(self.log, "\n".join(show_table(f"resumed from {found.folder}", rows)))
+
+    def rehearse(self, begin: int) -> None:
+        """Everything once that needs memory or disk; afterwards all is as it was."""
+        rehearsal = Rehearsal(
+            self.trainer,
+            self.state,
+            self.step_module,
+            self.previews,
+            self.validation,
+            self.shown,
+            self.facts(),
+        )
+        if lines := rehearsal.run(self.settings.steps - begin):
+            keep_line(self.log, "\n".join(lines))
 
     def announce(self, begin: int) -> None:
         settings = self.settings
@@ -322,5 +387,3 @@ class Run:
             f"{self.ranks.world} rank(s) x {settings.micro_batch} x {self.accumulation}, "
             f"ZeRO {settings.zero.stage}, {settings.precision}"
         )
-        if begin:
-            say(f"resumed after step {begin}")

@@ -25,8 +25,7 @@ from asymlift.recipe import Recipe
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import warn
-
-AUTO, NONE = "auto", "none"
+from asymlift.stages.finetune_start import AUTO, NONE
 
 Class = Literal["safe", "needs --allow-changes", "refused"]
 SAFE: Class = "safe"

@@ -150,6 +150,15 @@ class Previews:
             self.keep(LIFTED, images)
         dist.first_does(self.ranks, lambda: self.write(step, images))
 
+    @torch.no_grad()
+    def rehearse(self, flow: PixelFlow) -> None:
+        """Draw one batch in two steps, of which each takes as much memory as in a picture."""
+        sigmas = self.canvas.sigmas
+        canvas = replace(self.canvas, sigmas=sigmas[[0, len(sigmas) // 2, -1]])
+        most = -(-len(self.texts) // self.ranks.world)
+        with evaluating(flow):
+            self.draw(pixel_painter(flow, self.lifted, canvas), range(min(self.batch, most)))
+
     def drawn_by_all(self, paint: Painter) -> Tensor:
         """The pictures of all prompts, on every rank; each draws its share."""
         # Every rank draws as many, or the ranks would part ways inside ZeRO-3.
@@ -191,7 +200,10 @@ class Previews:
             shown.append((f"step {step}", images.cpu()))
         scale = max(1, SMALLEST_SIDE // min(self.canvas.height, self.canvas.width))
         grid = grid_png([(label, image_to_float(row)) for label, row in shown], scale)
-        write_bytes_atomically(self.folder / name / "grid.png", grid)
+        write_bytes_atomically(self.grid(step), grid)
+
+    def grid(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}" / "grid.png"
 
     def write_row(self, name: str, images: Tensor) -> None:
         folder = self.folder / name

@@ -21,7 +21,9 @@ from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
 from asymlift.runtime.signals import stop_requests
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
-from asymlift.stages.finetune import FinetuneReport, accumulation_for, finetune
+from asymlift.stages.finetune import FinetuneReport, finetune
+from asymlift.stages.finetune_resume import chosen_checkpoint
+from asymlift.stages.finetune_start import AUTO, Start, accumulation_for
 from asymlift.stages.fit_basis import FitPlan, fit_basis
 from asymlift.stages.locate import (
     base_folder,
@@ -234,21 +236,19 @@ def check_convert(recipe: Recipe) -> dict[str, Any]:
 # ---- finetune ----------------------------------------------------------------------------------
 
 
-def run_finetune(recipe: Recipe) -> FinetuneReport:
+def run_finetune(recipe: Recipe, start: Start | None = None) -> FinetuneReport:
     ranks = dist.discover()
     quiet_unless_first(ranks)
     needed(lifted_path(recipe), "convert")
-    if ranks.first:
-        record(recipe, "finetune")
-    return finetune(recipe, ranks)
+    return finetune(recipe, ranks, start)
 
 
-def check_finetune(recipe: Recipe) -> dict[str, Any]:
+def check_finetune(recipe: Recipe, resume: str = AUTO) -> dict[str, Any]:
     ranks = dist.discover()
     accumulation = accumulation_for(recipe.finetune, ranks)
     if recipe.finetune.preview is not None:
         read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
-    found = newest_whole(checkpoints_path(recipe), log.warn)
+    found = chosen_checkpoint(checkpoints_path(recipe), resume)
     return {
         "lifted": str(needed(lifted_path(recipe), "convert")),
         **(about_stream(recipe) if recipe.data.mode == "stream" else about_data(recipe)),
@@ -401,7 +401,8 @@ def describe_conversion(report: ConvertReport) -> list[str]:
 def describe_finetune(report: FinetuneReport) -> list[str]:
     lines = [f"step {report.step}: {report.checkpoint}"]
     if report.last:
-        shown = {k: v for k, v in report.last.items() if k.startswith(("loss", "control"))}
+        words = ("loss", "loss_flow", "loss_perceptual", "control")
+        shown = {key: report.last[key] for key in words if key in report.last}
         values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         lines.append(f"{values}; {report.seconds:.0f} s")
     else:

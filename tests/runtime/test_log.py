@@ -1,4 +1,4 @@
-"""Lines go to stderr, progress is plain without a terminal, metrics survive kills and resumes."""
+"""Lines go to stderr, and progress is plain without a terminal."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from asymlift.runtime import log
-from asymlift.runtime.log import Metrics, progress, read_metrics, track
+from asymlift.runtime.log import human_seconds, progress, track
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,21 @@ def test_a_warning_is_kept_where_the_screen_is_silent(capsys, tmp_path):
     assert capsys.readouterr().err == "warning: one\n"
     lines = (tmp_path / "logs" / "rank-1.log").read_text().splitlines()
     assert [line[20:] for line in lines] == ["one", "two"]
+
+
+def test_a_complaint_is_heard_although_the_command_is_quiet(capsys, tmp_path):
+    tell = log.kept(log.complain, tmp_path / "run.log")
+    tell("one")
+    log.set_verbosity(-1)
+    tell("two")
+    log.set_verbosity(0)
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+    assert len((tmp_path / "run.log").read_text().splitlines()) == 2
+
+
+def test_no_run_ends_because_its_log_cannot_be_written(tmp_path):
+    (tmp_path / "logs").write_text("a file where a folder should be")
+    log.keep_line(tmp_path / "logs" / "rank-0.log", "lost")
 
 
 def test_a_document_is_all_that_stdout_gets(capsys, tmp_path):
@@ -132,36 +147,9 @@ def test_a_bar_ends_when_the_work_fails(monkeypatch):
     assert not ticker.bar.live.is_started
 
 
-# ---- metrics.jsonl ---------------------------------------------------------------------------
-
-
-def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
-    first = Metrics(path, 0)
-    for step in range(1, 8):
-        first.write(step, loss=float(step), name="old")
-    first.close()
-    second = Metrics(path, 5)
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
-    second.write(6, loss=60.0)
-    assert read_metrics(path)[4:] == [
-        {"step": 5, "loss": 5.0, "name": "old"},
-        {"step": 6, "loss": 60.0},
-    ]  # while the file is still open
-    second.close()
-    assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.jsonl"]
-    Metrics(path, 0).close()
-    assert read_metrics(path) == []
-
-
-@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "\0\0\0\0", '{"step": 3', "\udcff"])
-def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path, tail):
-    path = tmp_path / "metrics.jsonl"
-    whole = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n'
-    path.write_bytes(whole + tail.encode("utf-8", errors="surrogateescape"))
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
-    metrics = Metrics(path, 9)
-    metrics.write(3, loss=1.0)
-    metrics.close()
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
-    assert path.read_bytes().startswith(whole)
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (7300, "2 h 2 min"), (200_000, "2 d 8 h")],
+)
+def test_what_takes_long_is_said_in_hours_and_days(seconds, said):
+    assert human_seconds(seconds) == said

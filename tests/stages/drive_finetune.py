@@ -1,8 +1,8 @@
 """Run several finetunes in one process, as one rank: drive_finetune.py RECIPE JOBS.
 
-JOBS is JSON: a list of lists of `--set` overrides, or of options of the command. Prints one JSON line per finished run. With
-SEND="RANK STEP SIGNAL" in the environment, that rank sends itself the signal in that step, after
-its gradients are made and before the update.
+JOBS is JSON: a list of lists of `--set` overrides and of options of the command. Prints one JSON
+line per finished run. With SEND="RANK STEP SIGNAL" in the environment, that rank sends itself the
+signal in that step, after its gradients are made and before the update.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from asymlift.errors import UserError
 from asymlift.recipe import Recipe, load_recipe
 from asymlift.runtime import dist
 from asymlift.stages import finetune as stage
+from asymlift.stages.finetune_start import Start
 from asymlift.stages.finetune_step import Trainer
 
 # With DeepSpeed's defaults a small model stays whole on every rank, and ZeRO-3 proves nothing.
@@ -44,10 +45,10 @@ def send_signals(ranks: dist.Ranks) -> None:
     Trainer.gradients = then_signal  # type: ignore[method-assign]
 
 
-def read_job(recipe: Path, words: list[str]) -> tuple[Recipe, stage.Start]:
+def read_job(recipe: Path, words: list[str]) -> tuple[Recipe, Start]:
     options = {word for word in words if word.startswith("--")}
     resumes = [word.partition("=")[2] for word in options if word.startswith("--resume=")]
-    start = stage.Start(
+    start = Start(
         resume=resumes[0] if resumes else "auto",
         allow_changes="--allow-changes" in options,
         rehearse="--rehearse" in options,

@@ -10,7 +10,8 @@ from asymlift.errors import CannotWrite, Exit, Unavailable
 from asymlift.recipe import load_recipe
 from asymlift.runtime.dist import Ranks
 from asymlift.stages import rehearsal
-from asymlift.stages.finetune import Start, finetune
+from asymlift.stages.finetune import finetune
+from asymlift.stages.finetune_start import Start
 from asymlift.stages.rehearsal import Phase, Took, rehearsed, show_rehearsal
 from tests.stages.small_run import another_run, build, drive
 

@@ -1,0 +1,47 @@
+"""How a finetune may start: the options of its command, its share of the batch, its lock."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from asymlift.artifacts.files import exclusive_lock, writing
+from asymlift.errors import BadRecipe
+from asymlift.recipe import FinetuneSection
+from asymlift.runtime import dist
+from asymlift.runtime.dist import Ranks
+
+AUTO, NONE = "auto", "none"  # what --resume takes beside a path
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a command adds to the recipe."""
+
+    resume: str = AUTO  # or `none`, or the path of a checkpoint
+    allow_changes: bool = False  # go on also where the recipe trains something else by now
+    rehearse: bool | None = None  # None: on a GPU
+
+
+def accumulation_for(settings: FinetuneSection, ranks: Ranks) -> int:
+    at_once = settings.micro_batch * ranks.world
+    if settings.batch % at_once:
+        raise BadRecipe(
+            f"finetune.batch {settings.batch} is not a multiple of micro_batch "
+            f"{settings.micro_batch} x {ranks.world} ranks; change one of the three"
+        )
+    return settings.batch // at_once
+
+
+@contextmanager
+def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """One finetune per run folder."""
+    with ExitStack() as held:
+
+        def lock() -> None:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive_lock(folder / ".finetune.lock", "this run"))
+
+        dist.first_does(ranks, lock)
+        yield
