@@ -348,6 +348,20 @@ class FinetuneSection(Section):
         return self
 
     @model_validator(mode="after")
+    def options_go_together(self) -> Self:
+        if self.optimizer.kind == "adamw_8bit" and self.zero.offload != "none":
+            raise ValueError(
+                "optimizer.kind: adamw_8bit saves memory on the device, and zero.offload "
+                f"{self.zero.offload} keeps the optimizer off it; use kind: adamw"
+            )
+        if self.compile and self.zero.stage == 3:
+            raise ValueError(
+                "compile: at zero.stage 3 weights come and go inside the compiled blocks; "
+                "use stage 0, 1 or 2, or compile: false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def reference_exists(self) -> Self:
         reduced = self.loss.kind == "variance_reduced"
         if self.train == "full" and reduced and self.loss.reference == "shared":

@@ -21,7 +21,8 @@ def orthogonalize(matrix: Tensor, *, floor: float = 1e-7) -> Tensor:
     for _ in range(STEPS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.T
+    result: Tensor = x if wide else x.T
+    return result
 
 
 def adamw_scale(rows: int, columns: int) -> float:

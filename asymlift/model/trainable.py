@@ -39,7 +39,7 @@ def plain_name(name: str) -> str:
 def train_everything(net: nn.Module) -> Trainable:
     net.float().requires_grad_(True)
     names = dict(net.named_parameters())
-    return Trainable(names, dict.fromkeys(names, "trunk"))
+    return Trainable(names, dict.fromkeys(names, "trunk"), matrices=block_matrices(net))
 
 
 def train_parts(
@@ -59,13 +59,37 @@ def train_parts(
         module = net.get_submodule(path).float().requires_grad_(True)
         if keep_originals:
             replace_module(net, path, Twin(module))
-    trainable = Trainable(adapted=adapted)
+    trainable = Trainable(adapted=adapted, matrices=block_matrices(net))
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             plain = plain_name(name)
             trainable.parameters[plain] = parameter
             trainable.roles[plain] = role_of(plain, whole)
     return trainable
+
+
+def repeated_blocks(net: nn.Module) -> dict[str, nn.Module]:
+    """Path -> block: what the outermost lists of a transformer hold."""
+    blocks: dict[str, nn.Module] = {}
+    for name, module in net.named_modules():
+        inside = any(name.startswith(f"{path}.") for path in blocks)
+        if isinstance(module, nn.ModuleList) and not inside:
+            blocks |= {f"{name}.{number}": block for number, block in enumerate(module)}
+    return blocks
+
+
+def block_matrices(net: nn.Module) -> set[str]:
+    """What Muon is for: the weights of linear maps inside the blocks that train in full.
+
+    Not the first and the last map and the embedders, whose rows are unlike each other; and not
+    LoRA's factors, whose product it would not make orthogonal.
+    """
+    return {
+        plain_name(f"{path}.{name}")
+        for path, block in repeated_blocks(net).items()
+        for name, parameter in block.named_parameters()
+        if parameter.requires_grad and parameter.ndim == 2 and ".lora_" not in name
+    }
 
 
 def role_of(name: str, whole: dict[str, str]) -> str:

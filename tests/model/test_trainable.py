@@ -7,7 +7,13 @@ from asymlift.errors import BadRecipe
 from asymlift.families import FAMILIES
 from asymlift.families.base import matching_modules
 from asymlift.model.reference import Twin
-from asymlift.model.trainable import Adapters, plain_name, train_everything, train_parts
+from asymlift.model.trainable import (
+    Adapters,
+    plain_name,
+    repeated_blocks,
+    train_everything,
+    train_parts,
+)
 from tests.tiny import GRID, lifted_pair, tiny_transformer
 
 ROLES = ["first", "last", "final_norm"]
@@ -268,3 +274,39 @@ def test_everything_trains_in_float32_under_its_own_name(name):
         assert p.dtype == torch.float32 and p.requires_grad
     assert trainable.num_parameters == sum(p.numel() for p in net.parameters())
     assert trainable.adapted == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_muon_is_for_the_matrices_of_blocks_that_train_in_full(name):
+    """Not for the first and the last map, embedders, norms, biases and LoRA's factors."""
+    family, net = FAMILIES[name], tiny_transformer(name)
+    blocks = repeated_blocks(net)
+    known = getattr(net, "_repeated_blocks", []) or ["JointTransformerBlock"]
+    assert {type(block).__name__ for block in blocks.values()} == set(known)
+
+    trainable = train_everything(net)
+
+    shapes = {path: p.ndim for path, p in trainable.parameters.items()}
+    inside = {path for path in shapes if path.startswith(tuple(f"{b}." for b in blocks))}
+    assert trainable.matrices == {path for path in inside if shapes[path] == 2}
+    others = (family.first, family.last, family.final_norm)
+    assert not any(path.startswith(others) for path in trainable.matrices)
+    assert len(trainable.matrices) > 10
+
+    assert as_published(tiny_transformer(name), name).matrices == set()
+
+
+@pytest.mark.parametrize("keep_originals", [True, False])
+def test_a_part_of_a_block_that_trains_in_full_is_muons_beside_adapters(keep_originals):
+    net = tiny_transformer("flux2")
+    trainable = parts(
+        net,
+        "flux2",
+        adapters=lora("transformer_blocks.*.attn.to_q"),
+        modules=["first", "transformer_blocks.1.ff"],
+        keep_originals=keep_originals,
+    )
+    assert trainable.matrices == {
+        "transformer_blocks.1.ff.linear_in.weight",
+        "transformer_blocks.1.ff.linear_out.weight",
+    }
