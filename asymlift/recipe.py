@@ -30,6 +30,7 @@ from asymlift.errors import BadRecipe
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Patterns = str | list[str]
+LONGEST = 1 << 20  # bytes of a recipe
 
 
 class Section(BaseModel):
@@ -464,11 +465,15 @@ StrictLoader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(no
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `section.key=value` overrides."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # which may be a pipe, but has to end
+            data = file.read(LONGEST + 1)
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise BadRecipe(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecipe(f"{path}: cannot be read: {error}") from None
+    if len(data) > LONGEST:
+        raise BadRecipe(f"{path}: more than {LONGEST} bytes, so no recipe; is the path right?")
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise BadRecipe(f"{path}: a recipe is a mapping of sections, not {type(values).__name__}")
@@ -487,8 +492,10 @@ def check_recipe(values: dict[str, Any], source: str) -> Recipe:
 def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise BadRecipe(f"{source}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise BadRecipe(f"{source}: nested too deeply to be a recipe") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
