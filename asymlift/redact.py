@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 GONE = "***"
-SECRET = r"(?:token|secret|password|passwd|pwd|api[_-]?key|access[_-]?key(?:[_-]id)?|credentials?)"
+SECRET = r"(?:token|secret|password|passwd|api[_-]?key|access[_-]?key(?:[_-]id)?|credentials?)"
 VALUE = r"[^\s'\"\\&]+"
 SHORTEST = 8  # shorter values of the environment are words that stand in every text
 

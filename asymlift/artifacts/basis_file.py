@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from asymlift.artifacts.files import write_bytes_atomically
+from asymlift.artifacts.parsing import parse_json
 from asymlift.artifacts.safetensors_stream import (
     TensorInfo,
     layout,
@@ -62,6 +63,18 @@ class Basis:
 
 # Metadata: each of these as JSON under its own name.
 FIELDS = [f.name for f in dataclasses.fields(Basis) if f.name not in ("A", "s")]
+KINDS: dict[str, Any] = {
+    "patch": int,
+    "method": str | None,
+    "family": str | None,
+    "order": str,
+    "color": ColorCode | None,
+    "num_images": int | None,
+    "alignment": dict,
+    "spectrum": list,
+    "vae_fingerprint": str | None,
+    "facts": dict,
+}
 OURS = {"asymlift_basis", "checksum", *FIELDS}
 
 
@@ -91,7 +104,8 @@ def save_basis(path: Path, basis: Basis) -> None:
 def load_basis(path: Path, patch: int | None = None) -> Basis:
     """Read and check a basis; `patch` chooses where a file holds several."""
     header = read_header(path)
-    stored = {int(m[1]) for name in header.tensors if (m := re.fullmatch(r"proj_mat_p(\d+)", name))}
+    found = (re.fullmatch(r"proj_mat_p(\d{1,6})", name) for name in header.tensors)
+    stored = {int(match[1]) for match in found if match}
     if not stored:
         raise BadData(
             f"{path}: not a basis: it has no tensor proj_mat_p16 (or another patch). "
@@ -126,10 +140,17 @@ def _read_facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if metadata.get("asymlift_basis") != FORMAT:
         found = metadata.get("asymlift_basis")
         raise BadData(f"{path}: a basis of format {found}; this asymlift reads {FORMAT}.")
-    facts = {name: json.loads(metadata[name]) for name in FIELDS}
-    if facts["color"]:
-        color = facts["color"]
-        facts["color"] = ColorCode(color["space"], tuple(color["mean"]), color["std"])
+    try:
+        facts = {name: parse_json(metadata[name]) for name in FIELDS}
+        if color := facts["color"]:
+            mean = tuple(float(value) for value in color["mean"])
+            facts["color"] = ColorCode(color["space"], (mean[0], mean[1], mean[2]), color["std"])
+        wrong = [name for name, kind in KINDS.items() if not isinstance(facts[name], kind)]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise BadData(f"{path}: its metadata cannot be read ({error}). Fit it again.") from None
+    if wrong:
+        said = f"{type(facts[wrong[0]]).__name__}, which it cannot be"
+        raise BadData(f"{path}: its metadata has {wrong[0]} as {said}. Fit the basis again.")
     return facts
 
 

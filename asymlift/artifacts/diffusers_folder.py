@@ -1,6 +1,5 @@
 """A diffusers pipeline folder, read without diffusers: JSON and safetensors, never pickle."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from asymlift.artifacts.files import sha256_file
 from asymlift.artifacts.manifest import digest_json, list_files
+from asymlift.artifacts.parsing import parse_json, read_small
 from asymlift.artifacts.safetensors_stream import Header, read_header
 from asymlift.errors import BadData
 
@@ -241,7 +241,7 @@ def is_plain_name(name: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(read_small(path))
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file; is {path.parent} whole?") from None
     except OSError as error:

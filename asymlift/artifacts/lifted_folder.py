@@ -80,9 +80,18 @@ def read_lifted(folder: Path) -> Lifted:
     facts = read_json(folder / FACTS)
     if facts.get("format") != FORMAT:
         raise BadData(f"{folder / FACTS}: format {facts.get('format')}; this one reads {FORMAT}.")
-    geometry, color = Geometry(**facts["geometry"]), facts["color"]
     tensors = load_tensors(folder / TENSORS)
-    A, s = tensors[f"proj_mat_p{geometry.pixel_patch}"], tensors[f"scale_p{geometry.pixel_patch}"]
+    try:
+        geometry, color = Geometry(**facts["geometry"]), facts["color"]
+        p, mean = geometry.pixel_patch, tuple(float(value) for value in color["mean"])
+        A, s = tensors[f"proj_mat_p{p}"], tensors[f"scale_p{p}"]
+        code = ColorCode(color["space"], (mean[0], mean[1], mean[2]), float(color["std"]))
+        family, fingerprints = str(facts["family"]), dict(facts["fingerprints"])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise BadData(f"{folder / FACTS}: not as convert writes it ({said}).") from None
+    if s.numel() != 1:
+        raise BadData(f"{folder / TENSORS}: a scale is one number, not {tuple(s.shape)}.")
     if tuple(A.shape) != (geometry.D, geometry.d) or A.dtype != torch.float32:
         raise BadData(
             f"{folder / TENSORS}: A is {tuple(A.shape)} of {A.dtype}, not "
@@ -92,11 +101,11 @@ def read_lifted(folder: Path) -> Lifted:
         raise BadData(f"{folder / TENSORS}: A is not orthonormal, or s = {float(s)} not positive.")
     return Lifted(
         folder=folder,
-        family=facts["family"],
+        family=family,
         geometry=geometry,
         A=A,
         s=float(s),
-        color=ColorCode(color["space"], tuple(color["mean"]), color["std"]),
-        fingerprints=facts["fingerprints"],
+        color=code,
+        fingerprints=fingerprints,
         facts=facts,
     )

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from asymlift.artifacts.files import sha256_file, write_bytes_atomically
+from asymlift.artifacts.parsing import parse_json, read_small
 from asymlift.errors import BadData
 
 NAME = "manifest.json"
@@ -71,13 +72,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a manifest that is exactly as it was written; the files are not looked at."""
     path = folder / NAME
     try:
-        data = path.read_bytes()
+        data = read_small(path)
     except FileNotFoundError:
         raise BadData(f"{folder}: there is no {NAME}, so the folder is not complete.") from None
     except OSError as error:
         raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
     try:
-        body = json.loads(data)
+        body = parse_json(data)
         stated = body.pop("digest")
         intact = stated == digest_json(body) and canonical_json({**body, "digest": stated}) == data
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -86,12 +87,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise BadData(f"{path}: damaged (it does not match its own digest). Make it again.")
     if body.get("format") != FORMAT:
         raise BadData(f"{path}: format {body.get('format')!r}; this asymlift reads {FORMAT}.")
-    for name in body["files"]:
+    try:
+        kind, facts = body["kind"], dict(body["facts"])
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadData(f"{path}: not as a manifest is ({type(error).__name__}: {error}).") from None
+    for name in files:
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name:
+        if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or "\\" in name:
             raise BadData(f"{path}: {name!r} is not a path inside the folder.")
-    files = {name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()}
-    return Manifest(body["kind"], body["facts"], files)
+    return Manifest(kind, facts, files)
 
 
 def check_manifest(folder: Path) -> list[str]:
@@ -108,6 +113,8 @@ def check_manifest(folder: Path) -> list[str]:
             problems.append(f"{name}: missing")
         elif not path.is_file():
             problems.append(f"{name}: not a readable file")
+        elif not path.resolve().is_relative_to(folder.resolve()):
+            problems.append(f"{name}: a link that leads out of the folder")
         elif path.stat().st_size != size:
             problems.append(f"{name}: {path.stat().st_size} bytes, the manifest says {size}")
         elif sha256_file(path) != sha256:

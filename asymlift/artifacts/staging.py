@@ -22,6 +22,7 @@ from asymlift.artifacts.files import (
     write_bytes_atomically,
     writing,
 )
+from asymlift.artifacts.parsing import parse_json
 from asymlift.errors import BadData
 
 
@@ -148,7 +149,7 @@ class StagedFolder:
         lines = self._log.read_bytes().splitlines() if self._log.exists() else []
         for line in lines:
             with suppress(ValueError):  # the last line may have been cut
-                name, sha256, origin = json.loads(line)
+                name, sha256, origin = parse_json(line)
                 yield name, (sha256, origin)
 
 

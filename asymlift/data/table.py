@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from asymlift.artifacts.files import write_bytes_atomically
+from asymlift.artifacts.parsing import parse_json
 from asymlift.data.pictures import BadPicture, image_size
 from asymlift.data.records import (
     CAPTION,
@@ -358,7 +359,7 @@ def load_table(shard: Path, path: Path) -> Table | None:
     try:
         with safe_open(path, "np") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            note = json.loads(file.metadata()["asymlift"])
+            note = parse_json(file.metadata()["asymlift"])
         if note["format"] != FORMAT or note.pop("sum") != summed(note, columns):
             return None
         return Table(

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from asymlift.artifacts.files import write_bytes_atomically
+from asymlift.artifacts.parsing import parse_json
 from asymlift.data.ahead import read_ahead
 from asymlift.data.pairs import PairReader
 from asymlift.data.records import BadSample, Record
@@ -152,7 +153,7 @@ class Statistics:
         try:
             with safe_open(self.path(chunk), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                note = json.loads(file.metadata()["asymlift"])
+                note = parse_json(file.metadata()["asymlift"])
             whole = note["checksum"] == checksum(tensors)
             faults = [BadSample(*fault) for fault in note["faults"]]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):

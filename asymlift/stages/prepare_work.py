@@ -4,7 +4,6 @@ Pictures go to shards by the hash of their keys, so every shard is a random samp
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json
+from asymlift.artifacts.parsing import parse_json, read_small
 from asymlift.data.ahead import read_ahead
 from asymlift.data.catalog import Listed, Source, common_origin, expand, indexed, listed
 from asymlift.data.records import BadSample, Record
@@ -185,7 +185,7 @@ def agreed_layout(out: Path, plan: Mapping[str, Any], per_shard: Callable[[], in
 
 def read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_bytes())
+        plan = parse_json(read_small(path))
         int(plan["per_shard"])
     except (OSError, ValueError, KeyError, TypeError):
         raise BadData(f"{path}: damaged; --overwrite begins anew") from None

@@ -4,7 +4,6 @@ The index is written first, as a claim, and again at the end with the sha256 of 
 picture has its name only when it is whole, so a killed run goes on with what is missing.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 
 from asymlift.artifacts.files import sha256_file, write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json
+from asymlift.artifacts.parsing import parse_json, read_small
 from asymlift.data.pictures import decode_image, image_to_float, resize_image
 from asymlift.errors import BadData, CannotWrite
 from asymlift.report.pictures import grid_png
@@ -124,7 +124,7 @@ class SampleFolder:
 def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index: dict[str, Any] = json.loads(path.read_bytes())
+        index: dict[str, Any] = parse_json(read_small(path))
         entries = [{"file", "sha256"} <= entry.keys() for entry in index["pictures"]]
         if all(entries) and isinstance(index["facts"], dict) and "complete" in index:
             return index

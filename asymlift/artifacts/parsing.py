@@ -1,0 +1,31 @@
+"""Small files and JSON from anywhere: what never ends, or is nested too deeply, is refused."""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MOST_JSON = 1 << 26  # bytes: the largest index of a real model has some millions
+
+
+def parse_json(text: str | bytes, object_pairs_hook: Callable[..., Any] | None = None) -> Any:
+    """`json.loads`, of which ValueError is the only error."""
+    try:
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_small(path: Path, most: int = MOST_JSON) -> bytes:
+    """A file of at most so many bytes; OSError for a larger one, a device or a pipe."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody feeds would wait
+    with open(handle, "rb") as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it is longer than {most} bytes")
+    return data

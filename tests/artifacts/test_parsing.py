@@ -1,0 +1,31 @@
+"""What never ends, or is nested too deeply, is refused with an ordinary error."""
+
+import os
+
+import pytest
+
+from asymlift.artifacts.parsing import parse_json, read_small
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000, "{"])
+def test_json_that_cannot_be_read_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r".+"):
+        parse_json(text)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert read_small(path, 5) == b"12345"
+    with pytest.raises(OSError, match="longer than 4 bytes"):
+        read_small(path, 4)
+
+
+def test_devices_pipes_and_folders_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(OSError, match="no regular file"):
+            read_small(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        read_small(tmp_path)
