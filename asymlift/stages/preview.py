@@ -16,6 +16,7 @@ from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import write_bytes_atomically
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.artifacts.manifest import canonical_json, digest_json
+from asymlift.artifacts.parsing import read_small
 from asymlift.data.pictures import decode_image, encode_png, float_to_image, image_to_float
 from asymlift.errors import BadRecipe, Unavailable
 from asymlift.families.base import Family, Text
@@ -34,6 +35,7 @@ from asymlift.stages.locate import base_folder
 if TYPE_CHECKING:
     from asymlift.stages.finetune_data import Encoders
 
+LONGEST = 1 << 24  # bytes of a file of prompts
 BASE, LIFTED = "base", "lifted"  # folders of the two rows that never change
 SMALLEST_SIDE = 128  # pictures in a grid are enlarged to at least that
 
@@ -44,7 +46,11 @@ def read_prompts(prompts: list[str] | str, key: str) -> list[str]:
         path = Path(prompts)
         if not path.is_file():
             raise BadRecipe(f"{key}: {path} is no file; give a list of prompts, or a text file")
-        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            text = read_small(path, LONGEST).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadRecipe(f"{key}: {path} cannot be read as text: {error}") from None
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise BadRecipe(f"{key}: there are no prompts")
     return prompts
