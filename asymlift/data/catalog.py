@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from asymlift.data.ahead import read_ahead
+from asymlift.data.braces import expand_braces
 from asymlift.data.buckets import (
     Bucket,
     Fit,
@@ -68,8 +69,6 @@ def expand(patterns: Patterns) -> Named:
 
     What exists under the very name that is given is meant, whatever marks are in it.
     """
-    from braceexpand import braceexpand
-
     shards, listings = list[Path](), list[Path]()
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
         if "://" in str(pattern) or str(pattern).startswith("pipe:"):
@@ -77,10 +76,7 @@ def expand(patterns: Patterns) -> Named:
                 f"{pattern}: only files can be read in any order; `asymlift finetune` takes others "
                 "with data.mode: stream, every other command needs some shards as files"
             )
-        try:
-            names = [str(pattern)] if Path(pattern).exists() else list(braceexpand(str(pattern)))
-        except ValueError as error:
-            raise BadData(f"{pattern}: {error}") from None
+        names = [str(pattern)] if Path(pattern).exists() else expand_braces(str(pattern))
         for name in names:
             exact = Path(name).exists() or not any(mark in name for mark in "*?[")
             found = [name] if exact else sorted(glob(name))  # noqa: PTH207

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 import torch
 
 from asymlift.data.ahead import read_ahead
+from asymlift.data.braces import expand_braces
 from asymlift.data.buckets import Fit, Refusal, buckets, place, whole_patches
 from asymlift.data.captions import Choice
 from asymlift.data.feed import GRACE, PATIENCE, SLOW, Check, Feed, StepSamples, read_sample
@@ -57,13 +58,8 @@ GUARANTEE = (
 
 def expand_urls(patterns: str | Sequence[str]) -> list[str]:
     """`pipe:COMMAND`, `s3://...`, paths; braces stand for ranges."""
-    from braceexpand import braceexpand
-
     given = [patterns] if isinstance(patterns, str) else patterns
-    try:
-        urls = [url for pattern in given for url in braceexpand(str(pattern))]
-    except ValueError as error:
-        raise BadData(f"data.train: {error}") from None
+    urls = [url for pattern in given for url in expand_braces(str(pattern))]
     if not urls:
         raise BadData("data.train: names no shards")
     if len(set(urls)) < len(urls):
