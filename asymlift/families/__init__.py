@@ -26,6 +26,18 @@ def find_family(name: str, model_index: Config, transformer_config: Config) -> F
     return family
 
 
+def family_of_lifted(stated: str, named: str) -> Family:
+    """The family of a lifted model, by what it states; code is run only if the recipe names it."""
+    if ":" in named:
+        return _imported(named)
+    if ":" in stated:
+        raise BadRecipe(
+            f"the model was lifted with family {stated!r}, which is code of its own; "
+            f"if you trust it, name it in the recipe, `model.family: {stated}`"
+        )
+    return _named(stated)
+
+
 def _listed_transformer(model_index: Config) -> str | None:
     entry = model_index.get("transformer")
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None

@@ -183,8 +183,10 @@ def _base(path: Path) -> Inspection:
 def _lifted(path: Path) -> Inspection:
     lifted, folder = read_lifted(path), DiffusersFolder(path)
     rows, facts, problems = _components(folder)
-    family = find_family(lifted.family, folder.model_index, folder.config("transformer"))
-    more_rows, more_facts = _sizes(folder, family, lifted.geometry, lifted.s)
+    more_rows, more_facts = [("family", lifted.family)], {"family": lifted.family}
+    if ":" not in lifted.family:  # code of one's own is not run to look at a model
+        family = find_family(lifted.family, folder.model_index, folder.config("transformer"))
+        more_rows, more_facts = _sizes(folder, family, lifted.geometry, lifted.s)
     rows += [*more_rows, ("scale", f"{lifted.s:.6g}"), ("colour", _color(lifted.color))]
     rows += [(f"made from {k.replace('_', ' ')}", brief(v)) for k, v in lifted.fingerprints.items()]
     for name, found in lifted.facts.get("verification", {}).items():

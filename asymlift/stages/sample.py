@@ -30,7 +30,7 @@ from asymlift.artifacts.safetensors_stream import load_tensors
 from asymlift.data.order import derive
 from asymlift.data.pictures import encode_png, float_to_image
 from asymlift.errors import BadData, BadRecipe, Unavailable
-from asymlift.families import find_family
+from asymlift.families import family_of_lifted, find_family
 from asymlift.families.base import Family, Geometry, Text
 from asymlift.model.loading import load_pipeline, load_pipeline_parts, load_transformer
 from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
@@ -180,8 +180,8 @@ class Sources:
     @cached_property
     def family(self) -> Family:
         name = self.plan.family
-        if self.lifted and ":" not in name:
-            name = self.lifted.family
+        if self.lifted:
+            return family_of_lifted(self.lifted.family, name)
         return find_family(name, self.pipeline.model_index, self.pipeline.config("transformer"))
 
     @cached_property
