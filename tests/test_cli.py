@@ -175,6 +175,29 @@ def test_sample_needs_prompts_and_known_weights(recipe):
     assert "step-000007: not there yet" in result.output
 
 
+def test_finetune_is_told_where_to_begin_and_whether_to_rehearse(recipe):
+    """A path that is not there is no fresh start, and what is there is not overwritten."""
+    one_step = ["--set", "finetune.steps=1", "--set", "name=told"]
+    (recipe.parent / "told").mkdir()
+    (recipe.parent / "told" / "lifted").symlink_to(recipe.parent / "run" / "lifted")
+    for more in ([], ["--dry-run"]):
+        result = run("finetune", recipe, *one_step, "--resume", "gone/step-000005", *more)
+        assert result.exit_code == Exit.BAD_DATA
+        assert "--resume gone/step-000005: there is no such checkpoint" in result.output
+    assert "rehearsed" not in run("finetune", recipe, *one_step, "--no-rehearse").output
+
+    again = run("finetune", recipe, *one_step, "--resume", "none")
+    assert again.exit_code == Exit.CANNOT_WRITE
+    assert "holds step 1, and --resume none would begin anew" in again.output
+
+    changed = ["--set", "finetune.steps=2", "--set", "name=told", "--set", "finetune.loss.weight=2"]
+    assert "add --allow-changes" in run("finetune", recipe, *changed).output
+    done = run("finetune", recipe, *changed, "--allow-changes", "--rehearse")
+    assert done.exit_code == Exit.DONE
+    assert "rehearsed, and thrown away" in done.output
+    assert "allowed by --allow-changes" in done.output
+
+
 def test_inspect_and_verify_know_what_was_made(recipe):
     folder = recipe.parent / "run"
     for path, kind in (

@@ -8,6 +8,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from asymlift.errors import BadData, BadRecipe, Exit, StoppedEarly
 from asymlift.recipe import load_recipe
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
-from asymlift.stages.finetune import Run, accumulation_for, finetune
+from asymlift.runtime.engine import Engine
+from asymlift.stages.finetune import Run, finetune
 from asymlift.stages.finetune_data import Encoders
+from asymlift.stages.finetune_start import Start, accumulation_for
 from asymlift.stages.inspection import inspect_path
 from asymlift.stages.verbs import describe_finetune
 from asymlift.stages.verify import verify
@@ -175,8 +178,8 @@ def test_a_finished_run_says_so_and_changes_nothing(recipe, alone):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("finetune.seed=1", "made with finetune.seed 0, the recipe says 1"),
-        ("finetune.train={lora: null}", "made with finetune.train"),
+        ("finetune.seed=1", "finetune.seed 0 -> 1;\nthat cannot change in a run"),
+        ("finetune.train={lora: null}", "finetune.train full -> "),
     ],
 )
 def test_what_cannot_change_in_a_run_is_refused(recipe, alone, override, said):
@@ -188,22 +191,44 @@ def test_what_cannot_change_in_a_run_is_refused(recipe, alone, override, said):
         finetune(load_recipe(recipe, overrides), ALONE)
 
 
-def test_other_data_is_refused(recipe, alone):
+def test_other_data_needs_a_flag_and_is_then_trained_on(recipe, alone, capfd):
+    name = another_run(recipe, "other-data")
+    shutil.copytree(
+        recipe.parent / "full-0" / "checkpoints", recipe.parent / name[5:] / "checkpoints"
+    )
     one_shard = f"data.train={recipe.parent}/shards/000000.tar"
+    use = load_recipe(recipe, [name, "finetune.steps=9", "finetune.zero.stage=0", one_shard])
 
-    with pytest.raises(BadData, match="made with another training data"):
-        finetune(load_recipe(recipe, ["name=full-0", "finetune.steps=9", one_shard]), ALONE)
+    with pytest.raises(BadData, match=r"the training data \(from here on, .* another order\)"):
+        finetune(use, ALONE)
+    report = finetune(use, ALONE, Start(allow_changes=True))
+
+    assert (report.resumed_from, report.step) == (8, 9)
+    assert "allowed by --allow-changes" in capfd.readouterr().err
 
 
-def test_what_may_change_is_said(recipe, alone, capfd):
+def test_what_may_change_is_said_and_rules(recipe, alone, capfd, monkeypatch):
+    """Not the values that the optimizer had when it was saved."""
     name = another_run(recipe, "changed")
     shutil.copytree(recipe.parent / "full-0" / "checkpoints", recipe.parent / "changed/checkpoints")
-    overrides = [name, "finetune.steps=9", "finetune.optimizer.lr=5e-4", "finetune.zero.stage=1"]
+    values = "{lr: 5e-4, betas: [0.7, 0.8], weight_decay: 0.25, lr_scale: {}}"
+    overrides = [name, "finetune.steps=9", f"finetune.optimizer={values}", "finetune.zero.stage=1"]
+    update, used = Engine.update, dict[str, Any]()
 
+    def note(engine: Engine, *args: Any) -> float:
+        norm = update(engine, *args)
+        used.update(engine.optimizer.param_groups[0])
+        return norm
+
+    monkeypatch.setattr(Engine, "update", note)
     report = finetune(load_recipe(recipe, overrides), ALONE)
 
     assert (report.resumed_from, report.last["lr"]) == (8, 5e-4)
-    assert "changed since the checkpoint: optimizer" in capfd.readouterr().err
+    assert (used["lr"], used["betas"], used["weight_decay"]) == (5e-4, (0.7, 0.8), 0.25)
+    said = capfd.readouterr().err
+    assert "resumed from" in said and "ZeRO 0 on 1 rank -> ZeRO 1 on 1 rank" in said
+    for line in ("finetune.optimizer.lr", "finetune.optimizer.betas", "finetune.zero.stage"):
+        assert line in said
 
 
 def test_a_damaged_newest_checkpoint_is_left_out_loudly(recipe, alone, capfd):
@@ -272,7 +297,7 @@ def test_previews_show_base_lifted_and_now(recipe):
     assert (samples / "lifted/0000.png").read_bytes() == (
         samples / "step-000000/0000.png"
     ).read_bytes()
-    assert (recipe.parent / "shown" / "finetune-report.html").stat().st_size > 10_000
+    assert (recipe.parent / "shown" / "report.html").stat().st_size > 10_000
 
 
 def test_maps_and_what_trains_stay_float32_after_the_engine_has_started(recipe):
