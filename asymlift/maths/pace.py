@@ -28,5 +28,9 @@ def learning_rate_factor(
 
 
 def karras_decay(updates: int, gamma: float) -> float:
-    """(1 - 1/(n+1))^(gamma+1) after n averaged updates; 0, a plain copy, before the first."""
+    """(1 - 1/(n+1))^(gamma+1) after n averaged updates; 0, a plain copy, before the first.
+
+    The power-function average (Karras et al. 2024, EDM2): update n counts in proportion to the
+    integral of t^gamma from n to n + 1.
+    """
     return 0.0 if updates <= 0 else (1 - 1 / (updates + 1)) ** (gamma + 1)

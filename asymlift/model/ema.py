@@ -44,7 +44,8 @@ class Ema:
         sizes = {name: local_shard(parameter).numel() for name, parameter in parameters.items()}
         large = shard == "always" or (shard == "auto" and 4 * sum(sizes.values()) > LARGE)
         sharded = any(hasattr(parameter, "ds_tensor") for parameter in parameters.values())
-        owners = shared_out(sizes, ranks.world) if large and not sharded else {}
+        shared = large and not sharded and ranks.world > 1
+        owners = shared_out(sizes, ranks.world) if shared else {}
         return cls(parameters, owners, ranks.rank)
 
     @torch.no_grad()

@@ -103,14 +103,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_leftovers_of_a_killed_run_are_removed_and_named(tmp_path):
     save(tmp_path, 1)
-    for name in (".writing-2-abcd0123", ".removing-step-000001-01234567"):
+    left = [".rehearsing-save", ".removing-step-000001-01234567", ".writing-2-abcd0123"]
+    for name in left:
         (tmp_path / name / "sub").mkdir(parents=True)
         (tmp_path / name / "sub" / "half").write_text("half")
     (tmp_path / "mine").mkdir()
-    assert sorted(remove_leftovers(tmp_path)) == [
-        ".removing-step-000001-01234567",
-        ".writing-2-abcd0123",
-    ]
+    assert sorted(remove_leftovers(tmp_path)) == sorted(left)
     assert names(tmp_path) == ["mine", "step-000001"]
     assert remove_leftovers(tmp_path) == [] == remove_leftovers(tmp_path / "none")
 
