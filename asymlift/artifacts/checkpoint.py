@@ -4,7 +4,6 @@ A checkpoint is written beside its place and renamed when every byte is on disk.
 whose files match its manifest is the truth; there is no `latest` file that could lie.
 """
 
-import json
 import re
 import shutil
 import uuid
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asymlift.artifacts.diffusers_folder import read_json
 from asymlift.artifacts.files import (
     free_bytes,
     fsync_folder,
@@ -36,6 +36,7 @@ EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 FORMAT = 2
+PARTS = {"step": int, "parameters": list, "fingerprints": dict, "finetune": dict, "updates": int}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,15 @@ def discard(folder: Path) -> None:
     """Take a folder out of sight at once, then delete it."""
     grave = folder.with_name(f"{REMOVING}{folder.name}-{uuid.uuid4().hex[:8]}")
     folder.rename(grave)
-    shutil.rmtree(grave)
+    delete(grave)
+
+
+def delete(folder: Path) -> None:
+    """A folder with all that is in it; of a link only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def remove_leftovers(checkpoints: Path) -> list[str]:
@@ -105,7 +114,7 @@ def remove_leftovers(checkpoints: Path) -> list[str]:
         p for p in checkpoints.iterdir() if p.name.startswith((WRITING, REMOVING, REHEARSING))
     ]
     for path in leftovers:
-        shutil.rmtree(path)
+        delete(path)
     return [path.name for path in leftovers]
 
 
@@ -129,13 +138,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     kind = read_manifest(folder).kind
     if kind != KIND:
         raise BadData(f"{folder}: a {kind}, not a checkpoint; move it away")
-    state = json.loads((folder / STATE).read_bytes())
-    if state["format"] != FORMAT:
+    state = read_json(folder / STATE)
+    if state.get("format") != FORMAT:
         raise BadData(
-            f"{folder}: format {state['format']}; this asymlift reads {FORMAT}: "
+            f"{folder}: format {state.get('format')}; this asymlift reads {FORMAT}: "
             "go on with the version that wrote it"
         )
-    return Checkpoint(folder, state["step"], state)
+    for name, part in PARTS.items():
+        if not isinstance(state.get(name, part()), part):
+            raise BadData(f"{folder / STATE}: {name} is not as a checkpoint has it")
+    return Checkpoint(folder, int(state["step"]), state)
 
 
 def newest_whole(checkpoints: Path, warn: Callable[[str], None]) -> Checkpoint | None:

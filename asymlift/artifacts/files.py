@@ -11,6 +11,10 @@ from pathlib import Path
 
 from asymlift.errors import CannotWrite
 
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+    errno.ELOOP,  # a link where none is followed
+}
 CHUNK = 1 << 22  # 4 MiB: above that, reading and hashing get no faster
 
 
@@ -33,11 +37,16 @@ def fsync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def follow_no_link(path: str, flags: int) -> int:
+    """For `open(..., opener=)`: a link that somebody left where we write leads elsewhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Replace a file as a whole: a reader sees the old bytes or the new ones, never a mixture."""
     part = path.with_name(path.name + ".part")
     with writing(path):
-        with part.open("wb") as file:
+        with open(part, "wb", opener=follow_no_link) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -83,7 +92,7 @@ def writing(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full ({human_bytes(free_bytes(path))} free here). "
                 "Free some space and run the same command again; what is finished is kept."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in REFUSALS:
             raise CannotWrite(
                 f"{error.filename or path}: cannot write here ({error.strerror}). "
                 "Change the permissions or choose another folder."
@@ -109,7 +118,7 @@ def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
 
 def _open_locked(path: Path, purpose: str) -> int:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

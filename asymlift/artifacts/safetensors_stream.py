@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from asymlift.artifacts.files import CHUNK, fsync_folder, sha256_file, writing
+from asymlift.artifacts.parsing import parse_json
 from asymlift.errors import BadData
 
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -85,7 +86,7 @@ def read_header(path: Path) -> Header:
     if not text:
         raise BadData(f"{path}: not a safetensors file, or cut short in its header.")
     try:
-        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        entries = parse_json(text, _no_duplicates)
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata holds something else than text")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from asymlift.artifacts.files import follow_no_link
 from asymlift.redact import redacted, redacted_values
 
 Item = TypeVar("Item")
@@ -58,7 +59,7 @@ def keep_line(path: Path, text: str) -> None:
     """Add a line to a log file, if that can be: no run ends because its log cannot be written."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=follow_no_link) as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asymlift.artifacts.files import write_bytes_atomically, writing
+from asymlift.artifacts.files import follow_no_link, write_bytes_atomically, writing
+from asymlift.artifacts.parsing import parse_json
 
 
 class Metrics:
@@ -24,7 +25,7 @@ class Metrics:
                 kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
                 text = "".join(json.dumps(line) + "\n" for line in kept if resumed_step)
                 write_bytes_atomically(path, text.encode())
-            self.file = path.open("ab", buffering=0)
+            self.file = open(path, "ab", buffering=0, opener=follow_no_link)  # noqa: SIM115
         self.torn = False  # the last line was not written to its end
 
     def numbers(self, step: int, values: Mapping[str, Any]) -> None:
@@ -48,7 +49,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):

@@ -21,7 +21,7 @@ from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
 from asymlift.data.feed import Feed
 from asymlift.errors import StoppedEarly
-from asymlift.families import find_family
+from asymlift.families import family_of_lifted
 from asymlift.model.ema import Ema
 from asymlift.recipe import Recipe
 from asymlift.runtime import dist, watch
@@ -133,8 +133,7 @@ class Run:
         self.folder, self.accumulation = recipe.run_folder, accumulation
         self.precision = torch.bfloat16 if self.settings.precision == "bfloat16" else None
         self.lifted = dist.all_do(ranks, lambda: read_lifted(lifted_path(recipe)))
-        own = ":" in recipe.model.family
-        self.family = find_family(recipe.model.family if own else self.lifted.family, {}, {})
+        self.family = family_of_lifted(self.lifted.family, recipe.model.family)
 
         watch.at(None, "opening the data")
         self.training = open_training_data(recipe, self.lifted, self.family, ranks)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asymlift.artifacts.files import writing
+from asymlift.artifacts.files import follow_no_link, writing
 from asymlift.errors import BadData
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
@@ -45,5 +45,5 @@ class Guard:
     def write(self, line: dict[str, object]) -> None:
         with writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
+            with open(self.file, "a", encoding="utf-8", opener=follow_no_link) as file:
                 file.write(json.dumps(line) + "\n")

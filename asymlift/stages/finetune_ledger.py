@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from asymlift.artifacts.files import writing
+from asymlift.artifacts.files import follow_no_link, writing
+from asymlift.artifacts.parsing import parse_json
 from asymlift.data.catalog import Catalog
 from asymlift.data.records import BadSample
 from asymlift.errors import BadData
@@ -106,7 +107,7 @@ class Ledger:
         path = self.folder / f"skipped-{self.ranks.rank}.jsonl"
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=follow_no_link) as file:
                 file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
 
     def remember(self, lines: Sequence[Skipped]) -> None:
@@ -131,9 +132,11 @@ def read_skipped(folder: Path) -> list[Skipped]:
     """What earlier runs in this folder wrote down; a line cut by a kill is left out."""
     lines = []
     for path in sorted((folder / "logs").glob("skipped-*.jsonl")):
+        if not path.is_file():
+            continue
         for text in path.read_text("utf-8", "replace").splitlines():
             try:
-                lines.append(Skipped(**json.loads(text)))
+                lines.append(Skipped(**parse_json(text)))
             except (ValueError, TypeError):
                 continue
     return lines

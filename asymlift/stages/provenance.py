@@ -16,6 +16,7 @@ import yaml
 from asymlift import __version__
 from asymlift.artifacts.files import human_bytes, write_bytes_atomically, writing
 from asymlift.artifacts.manifest import canonical_json, digest_json
+from asymlift.artifacts.parsing import parse_json, read_small
 from asymlift.errors import CannotWrite
 from asymlift.recipe import Recipe
 from asymlift.redact import redacted, redacted_values
@@ -97,7 +98,7 @@ def write_commands(recipe: Recipe, commands: list[dict[str, Any]]) -> None:
 def commands_in(folder: Path) -> list[dict[str, Any]]:
     """What was run before; a damaged file is begun anew."""
     try:
-        commands = json.loads((folder / RUN).read_bytes())["commands"]
+        commands = parse_json(read_small(folder / RUN))["commands"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return commands if isinstance(commands, list) else []
