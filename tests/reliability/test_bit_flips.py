@@ -1,46 +1,32 @@
-"""`verify` finds every flipped bit, in every file."""
+"""`verify` finds every flipped bit, in every file, and names the file."""
 
 import random
-import shutil
 
 import pytest
 
-from asymlift.stages.convert import convert
 from asymlift.stages.verify import verify
-from tests.reliability.fake_pipeline import fake_plan
-
-FLIPS = 60
+from tests.reliability.bit_flips import flip_everywhere, make_artifacts, with_flipped_bit
 
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
-    """A lifted folder without hard links, and the basis, with the offset of each file's bits."""
-    folder = tmp_path_factory.mktemp("flips")
-    plan = fake_plan(folder)
-    convert(plan)
-    shutil.copytree(plan.output, folder / "copy")
-    files = [plan.basis, *sorted(p for p in (folder / "copy").rglob("*") if p.is_file())]
-    return folder / "copy", plan.basis, files
-
-
-@pytest.mark.parametrize("seed", range(FLIPS))
-def test_a_flipped_bit_is_found_and_its_file_named(seed, artifacts):
-    lifted, basis, files = artifacts
-    dice = random.Random(seed)
-    path = files[seed % len(files)]  # each file several times, however small
-    good = path.read_bytes()
-    bit = dice.randrange(8 * len(good))
-    damaged = bytearray(good)
-    damaged[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(damaged)
-    try:
-        verdict = verify(basis if path == basis else lifted)
-    finally:
-        path.write_bytes(good)
-    assert not verdict.ok
-    assert any(path.name in problem for problem in verdict.problems)
+    return make_artifacts(tmp_path_factory.mktemp("flips"))
 
 
 def test_undamaged_they_are_whole(artifacts):
-    lifted, basis, _ = artifacts
-    assert verify(lifted).problems == verify(basis).problems == []
+    for path in artifacts.paths.values():
+        assert verify(path).problems == []
+
+
+@pytest.mark.parametrize("name", ["basis", "lifted", "checkpoint", "shards"])
+def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(name, artifacts):
+    dice = random.Random(0)
+    for path in artifacts.files(name):
+        verdict = with_flipped_bit(artifacts, name, path, dice)
+        assert any(path.name in problem for problem in verdict.problems), (path, verdict)
+
+
+def test_fifty_bits_anywhere_are_found(artifacts):
+    found = flip_everywhere(artifacts, 50, seed=1)
+    assert found["missed"] == {}
+    assert found["flips"] == 50
