@@ -101,13 +101,15 @@ class EngineState:
     @torch.no_grad()
     def set_weights(self, read: Read) -> None:
         """Overwrite trained weights, in what the next forward reads and in what is updated."""
-        for name, parameter in self.trainable.parameters.items():
-            whole = read(name)
-            local_shard(parameter).copy_(self.shard(name, whole))
-            if stays_whole(parameter):
-                parameter.data.copy_(whole)
-            piece = self.layout.piece(name)
-            self.layout.home[name].view(-1)[piece.in_flat] = part_of(whole, piece)
+        for name in self.trainable.parameters:
+            self.set_weight(name, read(name))
+
+    def set_weight(self, name: str, whole: Tensor) -> None:
+        parameter, piece = self.trainable.parameters[name], self.layout.piece(name)
+        local_shard(parameter).copy_(self.shard(name, whole))
+        if stays_whole(parameter):
+            parameter.data.copy_(whole)
+        self.layout.home[name].view(-1)[piece.in_flat].copy_(part_of(whole, piece))
 
     @torch.no_grad()
     def set_moments(self, read: Read, num_updates: int) -> None:
@@ -118,7 +120,9 @@ class EngineState:
                 with filling(state, key) as values:
                     for name, piece in pieces.items():
                         if piece.count:
-                            values[piece.in_flat] = part_of(read(f"{key}/{name}"), piece)
+                            part = part_of(read(f"{key}/{name}"), piece)
+                            values[piece.in_flat].copy_(part)
+                            del part  # before the next one is read
             set_step(state, num_updates)
 
     # --- other weights for a while ----------------------------------------------------------------

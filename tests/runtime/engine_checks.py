@@ -6,6 +6,7 @@ Prints one JSON document: what every ZeRO stage, place and optimizer does with t
 import importlib.util
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from asymlift.maths.muon import adamw_scale, orthogonalize
 from asymlift.runtime import dist
 from asymlift.runtime.engine import Engine, EngineSettings, Offload
+from asymlift.runtime.engine_state import Read
 from asymlift.runtime.optimizers import Kind, OptimizerSettings
 from asymlift.runtime.parameters import Trainable
 
@@ -214,6 +216,19 @@ def loss_of(engine: Engine) -> float:
         return float(engine.inner(batch(99))[0])
 
 
+def one_at_a_time(tensors: dict[str, Tensor]) -> Read:
+    """Reads copies, and fails if one that was read before is still held."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def read(name: str) -> Tensor:
+        assert not any(reference() is not None for reference in held), f"{name}: one too many"
+        tensor = tensors[name].clone()
+        held[:] = [weakref.ref(tensor)]
+        return tensor
+
+    return read
+
+
 def check(case: Case) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     width = width_of(case.kind)
@@ -259,8 +274,8 @@ def check(case: Case) -> dict[str, Any]:
 
     # the state in another engine, which began elsewhere, goes on as this one does
     twin = engine_for(case, seed=3)
-    twin.set_weights(weights.__getitem__)
-    twin.set_moments(moments.__getitem__, 3)
+    twin.set_weights(one_at_a_time(weights))
+    twin.set_moments(one_at_a_time(moments), 3)
     facts["restored weights"] = same(snapshot(twin.weights), weights)
     facts["restored moments"] = same(snapshot(twin.moments), moments)
     facts["restored updates"] = twin.num_updates

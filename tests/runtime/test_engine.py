@@ -106,7 +106,7 @@ def test_shown_weights_are_what_the_forward_reads_and_go_without_a_trace(facts):
 
 
 def test_the_state_in_another_engine_goes_on_to_the_last_bit(facts):
-    """Nothing has been trained there before: the state needs no first update to exist."""
+    """Nothing has been trained there before, and tensors are read and let go one at a time."""
     assert facts["restored weights"] and facts["restored moments"]
     assert facts["restored updates"] == UPDATES
     assert facts["restored loss"]  # what the forward reads, not only what is updated

@@ -5,9 +5,18 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from asymlift.errors import BadRecipe, Exit, Unavailable
-from asymlift.runtime.optimizers import OptimizerSettings, build_optimizer, is_special
+from asymlift.runtime.dist import Ranks
+from asymlift.runtime.layout import Layout
+from asymlift.runtime.muon import Muon
+from asymlift.runtime.optimizers import (
+    OptimizerSettings,
+    begin_state,
+    build_optimizer,
+    is_special,
+)
 from asymlift.runtime.parameters import Trainable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,6 +41,31 @@ def test_adamw_uses_the_fused_kernel_beside_a_gpu_and_foreach_elsewhere():
     alone = build_optimizer(settings("adamw"), some(), CPU)
     assert (beside.defaults["fused"], alone.defaults["foreach"]) == (True, True)
     assert not alone.defaults["fused"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=["foreach", "fused"])
+def test_the_state_that_an_engine_begins_with_is_what_the_first_step_would_make(kind, device):
+    """The fused kernel runs here too: it is what updates an offloaded optimizer's share."""
+    ends = []
+    for begins in (False, True):
+        trainable = some(matrices=["blocks.0.weight"])
+        optimizer = build_optimizer(settings(kind), trainable, device)
+        if isinstance(optimizer, Muon):
+            ranks = Ranks(0, 1, 0)
+            optimizer.layout = Layout(0, None, trainable, ranks, CPU)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+            for parameter in group["params"]:
+                parameter.grad = torch.full_like(parameter, 0.5)
+                if begins or group["special"]:
+                    begin_state(optimizer, group, parameter)
+        optimizer.step()
+        states = [optimizer.state[p] for p in trainable.parameters.values()]
+        ends.append((list(trainable.parameters.values()), states))
+    (weights, states), (others, begun) = ends
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    assert_close(begun, states, rtol=0, atol=0)
 
 
 def test_muon_has_the_matrices_in_groups_of_their_own():
