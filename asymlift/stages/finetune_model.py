@@ -10,6 +10,7 @@ from torch import Tensor
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.data.order import derive
 from asymlift.families.base import Family
+from asymlift.model.compiling import compile_blocks
 from asymlift.model.loading import load_transformer
 from asymlift.model.perceptual import Perceptual, load_lpips
 from asymlift.model.pixel_flow import PixelFlow
@@ -44,6 +45,10 @@ def build_step(
 
     perceptual = load_perceptual(settings, device)
     step, trainable = assemble_step(settings, family, load, lifted.color.decode, perceptual)
+    if settings.compile:
+        for flow in (step.student, step.reference_copy):
+            if flow is not None:
+                compile_blocks(flow.net, device)
     return step.to(device), trainable
 
 
