@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from asymlift.errors import BadRecipe
 from asymlift.maths.asymmetric import recover_velocity
 from asymlift.maths.diagnostics import last_map_gradients
 from asymlift.maths.flow import clean_from_velocity
@@ -30,6 +31,16 @@ def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
+
+
+def rows_of_picture(flow: PixelFlow, read: Tensor, num_tokens: int) -> Tensor:
+    """(B, N, F) of what the last map reads: one row per token of the picture."""
+    if read.ndim != 3 or read.shape[1] < num_tokens:
+        raise BadRecipe(
+            f"finetune.variance_every: `{flow.family.last}` of {flow.family.name} reads "
+            f"{tuple(read.shape)}, not one row for each of {num_tokens} tokens; set it to 0"
+        )
+    return read[:, :num_tokens]
 
 
 def gradient_sums(
@@ -57,4 +68,5 @@ def gradient_sums(
     level = sigma.view(-1, 1, 1)
     u = recover_velocity(said, x_t, flow.A, flow.s, level, floor=floor)
     (by_output,) = torch.autograd.grad(clean_from_velocity(x_t, u, sigma), said, by_image)
-    return last_map_gradients(read[:, : x_t.shape[1]].to(by_output.dtype), by_output, good)
+    rows = rows_of_picture(flow, read, x_t.shape[1])
+    return last_map_gradients(rows.to(by_output.dtype), by_output, good)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from asymlift.errors import BadRecipe
 from asymlift.families import FAMILIES
 from asymlift.maths.color import ColorCode
 from asymlift.maths.diagnostics import covariance_trace
 from asymlift.maths.loss import low_noise_weight
 from asymlift.maths.patches import tokens_to_image
 from asymlift.model import training_step
+from asymlift.model.last_map import rows_of_picture
 from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.trainable import Adapters, train_parts
 from asymlift.model.training_step import Batch, LossConstants, TrainingStep
@@ -459,14 +461,13 @@ def test_a_loss_that_is_infinite_has_no_finite_gradient():
 # ---- the gradient's variance -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_gradients_of_the_last_map_are_those_of_autograd(name, copied):
+def test_the_gradients_of_the_last_map_are_those_of_autograd(name):
     """Sample by sample, with the target that trains and with the plain one."""
     world = World(name, sigmas=(0.02, 0.4, 0.95, 0.7))
     world.batch.weight[3] = 0
     world.batch.measures = True
-    _, sums = world.step(copied=copied)(world.batch)
+    _, sums = world.step()(world.batch)
 
     path, one = f"{world.family.last}.weight", world
     for target, reduces in (("", True), ("_plain", False)):
@@ -496,3 +497,10 @@ def test_measuring_changes_neither_loss_nor_gradient_and_leaves_no_hook():
     for name, gradient in world.gradients(measured).items():
         assert torch.equal(gradient, expected[name])
     assert not any(module._forward_pre_hooks for module in world.student.modules())
+
+
+def test_a_last_map_that_reads_something_else_is_refused():
+    """Of a family of one's own; measuring can be switched off."""
+    world = World()
+    with pytest.raises(BadRecipe, match=r"`proj_out` of flux2 reads \(3, 1, 8\), .*; set it to 0"):
+        rows_of_picture(world.student, torch.zeros(3, 1, 8), NUM)
