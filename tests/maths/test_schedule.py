@@ -13,6 +13,7 @@ from asymlift.maths.schedule import (
     shift_time,
     sigma_from_tau,
     sigma_grid,
+    stratified_draws,
     tau_from_sigma,
 )
 
@@ -78,6 +79,15 @@ def test_normal_draws_become_shifted_logit_normal_levels():
 
 def test_uniform_draws_become_shifted_levels():
     assert_close(draw_sigma_uniform(T, shift=3.0), 3 * T / (1 + 2 * T))
+
+
+def test_stratified_draws_fall_into_every_share_once():
+    drawn = [stratified_draws(7, torch.Generator().manual_seed(n)) for n in range(300)]
+    for u in drawn:
+        assert u.dtype == torch.float64
+        assert sorted((7 * u).long().tolist()) == list(range(7))
+    first = torch.stack(drawn)[:, 0]
+    assert abs(float(first.mean()) - 0.5) < 0.05 and abs(float(first.var()) - 1 / 12) < 0.01
 
 
 def test_mode_draws_follow_the_published_formula():
