@@ -35,7 +35,7 @@ from asymlift.data.records import (
     Record,
     text_suffix,
 )
-from asymlift.data.tar import Damage, FileBlocks, scan, shown
+from asymlift.data.tar import LARGEST, Damage, FileBlocks, scan, shown
 
 FORMAT = 1
 MISSING = "shard is missing"
@@ -362,7 +362,7 @@ def load_table(shard: Path, path: Path) -> Table | None:
             note = parse_json(file.metadata()["asymlift"])
         if note["format"] != FORMAT or note.pop("sum") != summed(note, columns):
             return None
-        return Table(
+        table = Table(
             shard,
             columns.pop("keys").tobytes(),
             columns.pop("ends"),
@@ -373,10 +373,29 @@ def load_table(shard: Path, path: Path) -> Table | None:
                 BadSample(f"{shard}{inside}", reason, detail, count=count)
                 for inside, reason, detail, count in note["faults"]
             ],
-            note["facts"],
+            dict(note["facts"]),
         )
+        return table if is_sound(table) else None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
+
+
+def is_sound(table: Table) -> bool:
+    """Whether the columns fit one another: an index may come from anywhere, as its shard may."""
+    count, keys = len(table), table.blob.decode()
+    ends = np.concatenate([[0], table.ends])
+    if table.ends.ndim != 1 or (np.diff(ends) <= 0).any() or ends[-1] != len(table.blob):
+        return False
+    if set(keys) & set("/\\") or not keys.isprintable() or table.sizes.shape != (count, 2):
+        return False
+    if any(column.shape != (count,) for column in table.crcs.values()):
+        return False
+    return all(
+        column.shape == (count, 2)
+        and bool((column >= [-1, 0]).all())
+        and bool((column <= [LARGEST, MOST_BYTES]).all())
+        for column in table.spans.values()
+    )
 
 
 def summed(note: Mapping[str, Any], columns: Mapping[str, Ints]) -> int:
