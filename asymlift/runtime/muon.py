@@ -51,7 +51,7 @@ class Muon(torch.optim.AdamW):
         for piece, update in self.updates(pieces, ahead):
             scale = adamw_scale(*piece.shape)
             mine = update.reshape(-1)[piece.in_whole].to(values)
-            values[piece.in_flat].add_(mine, alpha=-group["lr"] * scale)
+            values[piece.in_flat].sub_(mine * (group["lr"] * scale))
 
     def updates(self, pieces: list[Piece], ahead: Any) -> Iterator[tuple[Piece, Tensor]]:
         """The orthogonal update of each matrix, whole; the ranks share the work."""
