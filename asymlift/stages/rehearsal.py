@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from asymlift.runtime.tables import show_table
 from asymlift.stages.finetune_state import TrainingState
 from asymlift.stages.finetune_step import Trainer
 from asymlift.stages.finetune_validation import Validation
+from asymlift.stages.plan_memory import alternatives
 from asymlift.stages.preview import Previews, evaluating
 
 LOW_NOISE = 0.05  # every term of the loss counts there, so none is left out
@@ -41,10 +43,11 @@ STEP = "a training step"
 
 @dataclass(frozen=True)
 class Phase:
-    """Something to do, and what to call it."""
+    """Something to do, what to call it, and what to change where memory does not suffice."""
 
     name: str
     act: Callable[[], None]
+    advice: str
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,22 @@ class Rehearsal:
 
     def phases(self) -> list[Phase]:
         """In the order of a run. The first step is slower than the others, so there are two."""
-        step = partial(training_step, self.trainer)
-        phases = [Phase("the first training step", step), Phase(STEP, step)]
+        step, changes = partial(training_step, self.trainer), self.changes
+        phases = [Phase("the first training step", step, changes), Phase(STEP, step, changes)]
         if self.previews is not None:
-            phases.append(Phase("a batch of previews", partial(self.preview, self.previews)))
+            half, act = self.previews.batch // 2, partial(self.preview, self.previews)
+            smaller = f"sample.batch={half}, or " if half else ""
+            phases.append(Phase("a batch of previews", act, f"{smaller}{changes}"))
         if self.validation is not None:
-            phases.append(Phase("a validation batch", partial(self.validate, self.validation)))
-        return [*phases, Phase("a checkpoint", self.checkpoint)]
+            act = partial(self.validate, self.validation)
+            phases.append(Phase("a validation batch", act, changes))
+        return [*phases, Phase("a checkpoint", self.checkpoint, changes)]
+
+    @property
+    def changes(self) -> str:
+        """The cheapest, in time and quality, that take less memory."""
+        found = alternatives(self.trainer.settings, self.trainer.ranks.world)
+        return ", or ".join(f"{key}={value}" for key, value, _, _ in islice(found, 3))
 
     def preview(self, previews: Previews) -> None:
         with self.state.engine.showing(self.shown):
@@ -119,7 +131,7 @@ def rehearsed(phase: Phase, ranks: Ranks, device: torch.device) -> Took:
         if not is_out_of_memory(error):
             raise
         watch.at(None, f"rehearsing {phase.name}, before which {human_bytes(before)} were held")
-        raise out_of_memory(error, f"rank {ranks.rank}") from error
+        raise out_of_memory(error, f"rank {ranks.rank}", f"Cheapest: {phase.advice}") from error
     mine = (time.monotonic() - started, before, peak(device))
     every = dist.gathered(ranks, mine)
     return Took(phase.name, *map(max, zip(*every, strict=True)))

@@ -11,6 +11,7 @@ from asymlift.recipe import load_recipe
 from asymlift.runtime.dist import Ranks
 from asymlift.stages import rehearsal
 from asymlift.stages.finetune import finetune
+from asymlift.stages.finetune_data import ExactData
 from asymlift.stages.finetune_start import Start
 from asymlift.stages.rehearsal import Phase, Took, rehearsed, show_rehearsal
 from tests.stages.small_run import another_run, build, drive
@@ -104,16 +105,34 @@ def test_memory_that_is_not_there_is_told_by_phase():
         torch.empty(1 << 60)
 
     with pytest.raises(Unavailable) as caught:
-        rehearsed(Phase("a batch of previews", take), ALONE, CPU)
+        rehearsed(Phase("a batch of previews", take, "sample.batch=2"), ALONE, CPU)
 
     said = str(caught.value)
+    assert said.startswith("rank 0 ran ") and said.endswith("Cheapest: sample.batch=2")
     assert "out of memory while rehearsing a batch of previews, before which" in said
     assert "were held" in said and len(said.splitlines()) <= 3
 
 
+def test_a_step_that_does_not_fit_comes_with_the_three_cheapest_changes(recipe, monkeypatch):
+    """The largest pictures ask for more than there is; nothing is trained or left behind."""
+    monkeypatch.setattr(ExactData, "largest", lambda data: (1 << 24, 1 << 24))
+    use = load_recipe(recipe, [another_run(recipe, "too-large"), "finetune.zero.stage=2"])
+
+    with pytest.raises(Unavailable) as caught:
+        finetune(use, ALONE, Start(rehearse=True))
+
+    said = str(caught.value)
+    assert "out of memory while rehearsing the first training step, before which" in said
+    assert said.endswith(
+        "Cheapest: finetune.micro_batch=2, or finetune.gradient_checkpointing=true, or "
+        "finetune.optimizer.kind=adamw_8bit"
+    )
+    assert not (recipe.parent / "too-large" / "metrics.jsonl").exists()
+
+
 def test_another_failure_of_a_phase_is_its_own():
     with pytest.raises(ZeroDivisionError):
-        rehearsed(Phase("a training step", lambda: 1 // 0), ALONE, CPU)
+        rehearsed(Phase("a training step", lambda: 1 // 0, ""), ALONE, CPU)
 
 
 def test_the_second_step_says_how_long_the_run_will_be(capfd):
