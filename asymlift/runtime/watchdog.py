@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from asymlift.errors import Exit, Unavailable, UserError
@@ -24,12 +24,14 @@ from asymlift.runtime.failures import is_lost_connection, is_out_of_memory, out_
 from asymlift.runtime.launch import Ranks
 
 BEAT = 0.2  # seconds between two words of a rank
-BUSY = 500  # words per second that rank 0 may have to hear, which takes it 2 % of its time
+BUSY = 250  # words per second that rank 0 may have to hear, which takes half a percent of its time
 ANSWER = 1.0  # seconds that a question or a hello may take
-GRACE = 3.0  # for the main thread to fail by itself, as it does under gloo when a rank is gone
+GRACE = 3.0  # for the main thread to fail by itself, as it does when all ranks agreed on it
+LOST = 0.5  # likewise when a rank is gone: under gloo it fails at once, NCCL would abort soon
 LEAVING = 10.0  # for a main thread that is on its way out
 MARGIN = 8  # that collectives wait longer than the watchdog, which knows more to say
 MEETING = 30.0  # for all sockets to be connected
+ENDED = "was killed, perhaps for its memory: it ended without a word"
 GO_ON = "Run the same command again to go on from the last checkpoint"
 
 Message: TypeAlias = dict[str, Any]
@@ -42,6 +44,7 @@ class Verdict:
     rank: int
     said: str
     exit: int
+    grace: float  # for the main threads to end by themselves
 
 
 @dataclass
@@ -186,7 +189,7 @@ class Watchdog:
                         self.lines.pop(rank).close()
                     elif messages is None:
                         selector.unregister(key.fileobj)
-                        self.decide(self.lost(rank, "ended without a word", self.seen[rank]))
+                        self.decide(self.lost(rank, ENDED, self.seen[rank]))
 
     def hear(self, rank: int, message: Message) -> None:
         if "said" in message:
@@ -229,7 +232,7 @@ class Watchdog:
 
     def lost(self, rank: int, what: str, seen: Seen) -> Verdict:
         said = f"rank {rank} ({seen.host}) {what} {seen.place}.\n{GO_ON}"
-        return Verdict(rank, said, int(Exit.RESUMABLE))
+        return Verdict(rank, said, int(Exit.RESUMABLE), LOST)
 
     def decide(self, verdict: Verdict) -> None:
         """The first verdict stands, and goes to everybody."""
@@ -237,7 +240,7 @@ class Watchdog:
             if self.verdict is not None or self.over:
                 return
             self.verdict = verdict
-            self.tell_all({"rank": verdict.rank, "said": verdict.said, "exit": verdict.exit})
+            self.tell_all(asdict(verdict))
             self.decided.set()
 
     def tell_all(self, message: Message) -> None:
@@ -246,7 +249,7 @@ class Watchdog:
 
     def aftermath(self, verdict: Verdict) -> None:
         """End the process, unless its main thread does."""
-        if self.taken.wait(GRACE):
+        if self.taken.wait(verdict.grace):
             time.sleep(LEAVING)
         else:
             os.write(2, f"error: {verdict.said}\n".encode())
@@ -277,7 +280,7 @@ class Watchdog:
         if not said.startswith(self.name):
             verb = "stopped" if code in (Exit.RESUMABLE, Exit.INTERRUPTED) else "failed"
             said = f"{self.name} {verb} {watch.last}: {said}"
-        return Verdict(self.ranks.rank, said, int(code))
+        return Verdict(self.ranks.rank, said, int(code), GRACE)
 
     def after_a_loss(self, error: BaseException) -> UserError:
         """A collective failed: some rank is to blame, and the watch knows it, or soon will."""

@@ -51,6 +51,6 @@ def test_the_line_of_code_is_the_innermost_of_this_package(monkeypatch):
         assert other.submit(watch.line_of_code).result() == ""
         seen = lambda *_, **__: other.submit(watch.line_of_code).result()  # noqa: E731
         monkeypatch.setattr(watch, "last", None)  # puts back what was there
-        monkeypatch.setattr(watch, "replace", seen)
-        watch.going_on("within the package")
+        monkeypatch.setattr(watch, "Place", seen)
+        watch.at(1, "being within the package")
         assert re.fullmatch(r"runtime/watch\.py:\d+", watch.last)

@@ -30,13 +30,14 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 6
 AT_ONCE = 2.5  # seconds, on a machine that is busy
 WHERE = r"at step 4 while reading data \(sample 4\)"
+KILLED = "was killed, perhaps for its memory: it ended without a word"
 AGAIN = r"\.\nRun the same command again to go on from the last checkpoint"
 
 # What comes upon a rank: the codes of ranks 0, 1, 2; what the others say; within how many seconds.
 TROUBLES = {
     "0 none": ([0, 0, 0], "", AT_ONCE),
-    "1 SIGKILL": ([75, -9, 75], rf"rank 1 \(.+\) ended without a word {WHERE}{AGAIN}", AT_ONCE),
-    "0 SIGKILL": ([-9, 75, 75], rf"rank 0 \(.+\) ended without a word {WHERE}{AGAIN}", AT_ONCE),
+    "1 SIGKILL": ([75, -9, 75], rf"rank 1 \(.+\) {KILLED} {WHERE}{AGAIN}", AT_ONCE),
+    "0 SIGKILL": ([-9, 75, 75], rf"rank 0 \(.+\) {KILLED} {WHERE}{AGAIN}", AT_ONCE),
     "2 SIGSTOP": (
         [75, 75, 75],
         rf"rank 2 \(.+\) was not heard of for \d+ s, and was last {WHERE}{AGAIN}",
