@@ -20,7 +20,7 @@ from asymlift.artifacts.checkpoint import Checkpoint, step_folder
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
 from asymlift.data.feed import Feed
-from asymlift.errors import StoppedEarly
+from asymlift.errors import StoppedEarly, UserError
 from asymlift.families import family_of_lifted
 from asymlift.model.ema import Ema
 from asymlift.recipe import Recipe
@@ -56,7 +56,7 @@ from asymlift.stages.finetune_state import TrainingState
 from asymlift.stages.finetune_step import Trainer
 from asymlift.stages.finetune_validation import Validation
 from asymlift.stages.locate import checkpoints_path, lifted_path
-from asymlift.stages.preview import Previews
+from asymlift.stages.preview import Previews, is_missing
 from asymlift.stages.provenance import (
     add_to_start,
     library_versions,
@@ -98,10 +98,17 @@ def finetune(
         dist.first_does(ranks, lambda: check_trackers(settings.trackers))
         dist.first_does(ranks, lambda: record_start(recipe, "finetune"))
         found = find_checkpoint(checkpoints_path(recipe), start.resume, ranks)
-        if found is not None and found.step >= settings.steps:
+        if found is not None and is_finished(recipe, found, ranks):
             return dist.first_does(ranks, lambda: nothing_left(recipe.run_folder, found))
         run = Run(recipe, ranks, device, accumulation, zero3 or {})
         return run.to_the_end(found, start, request)
+
+
+def is_finished(recipe: Recipe, found: Checkpoint, ranks: Ranks) -> bool:
+    """Whether all steps are taken, and the pictures of the last one drawn."""
+    return found.step >= recipe.finetune.steps and not dist.first_does(
+        ranks, lambda: is_missing(recipe, found.step)
+    )
 
 
 def nothing_left(folder: Path, found: Checkpoint) -> FinetuneReport:
@@ -208,6 +215,8 @@ class Run:
         with self.journal(begin) as journal, self.ticker(begin) as ticker:
             if begin == 0:
                 self.begin_curves(journal)
+            elif dist.first_does(self.ranks, lambda: is_missing(self.recipe, begin)):
+                self.show_what_is_due(begin, journal)
             with self.feed(begin) as feed:
                 for step in range(begin, steps):
                     if self.ranks.first:
@@ -226,8 +235,6 @@ class Run:
                     if stop and not ends:
                         if self.ranks.first:
                             request.obeyed(self.folder)
-                        if journal is not None:
-                            journal.write_page(f"stopped by {stop}")
                         raise StoppedEarly(
                             f"stopped by {stop} after step {done} of {steps}, and saved; "
                             "run the same command again to go on",
@@ -267,7 +274,12 @@ class Run:
 
             box: list[Journal] = []
             dist.first_does(self.ranks, start)
-            yield box[0] if box else None
+            try:
+                yield box[0] if box else None
+            except UserError as ending:
+                for journal in box:
+                    journal.write_page(str(ending).splitlines()[0])
+                raise
 
     @contextmanager
     def ticker(self, begin: int) -> Iterator[Ticker | None]:
@@ -296,7 +308,7 @@ class Run:
 
     def show_what_is_due(self, step: int, journal: Journal | None) -> None:
         """Previews, and the page whenever there is something new to be seen on it."""
-        ends = step == self.settings.steps
+        ends, every = step == self.settings.steps, self.settings.checkpoint.every
         drawn = self.previews is not None and (step % self.previews.every == 0 or ends)
         if drawn:
             self.show(step)
@@ -304,7 +316,8 @@ class Run:
             return
         if drawn and self.previews is not None:
             journal.preview(step, self.previews.grid(step))
-        if drawn or ends or (self.validation and self.validation.is_due(step, step + 1)):
+        validated = self.validation is not None and self.validation.is_due(step, step + 1)
+        if drawn or validated or ends or step % every == 0:
             watch.at(step, "writing the report")
             journal.write_page("finished" if ends else "running")
 
@@ -384,5 +397,5 @@ class Run:
             f"finetune {self.recipe.name}: {self.trainable.num_parameters:,} parameters train, "
             f"{settings.steps} steps of {settings.batch} ({self.training.about()}), "
             f"{self.ranks.world} rank(s) x {settings.micro_batch} x {self.accumulation}, "
-            f"ZeRO {settings.zero.stage}, {settings.precision}"
+            f"{self.engine.about}, {settings.precision}"
         )

@@ -92,6 +92,18 @@ def canvas_of(recipe: Recipe, lifted: Lifted, family: Family) -> Canvas:
     return Canvas(drawn.height, drawn.width, drawn.seed, settings, sigmas)
 
 
+def grid_path(run_folder: Path, step: int) -> Path:
+    """The grid of a step, which is written after its pictures."""
+    return run_folder / "samples" / f"step-{step:06d}" / "grid.png"
+
+
+def is_missing(recipe: Recipe, step: int) -> bool:
+    """Whether a step's pictures are due and not there: the run ended between save and picture."""
+    use, last = recipe.finetune.preview, recipe.finetune.steps
+    due = use is not None and (step == last or (step < last and step % use.every == 0))
+    return due and not grid_path(recipe.run_folder, step).exists()
+
+
 class Previews:
     """Makes the same pictures again and again, and keeps the rows that never change."""
 
@@ -110,7 +122,7 @@ class Previews:
         self.lifted, self.family, self.ranks, self.device = lifted, family, ranks, device
         self.canvas, self.batch = canvas_of(recipe, lifted, family), recipe.sample.batch
         self.texts, self.null_text = encoders.for_all(self.prompts), encoders.null_text
-        self.folder = recipe.run_folder / "samples"
+        self.folder, self.told = recipe.run_folder / "samples", False
         if dist.first_does(ranks, lambda: self.read_row(BASE) is None):
             self.draw_base(recipe)
 
@@ -204,12 +216,15 @@ class Previews:
         shown = [(label, row) for label, row in rows.items() if row is not None]
         if step > 0:
             shown.append((f"step {step}", images.cpu()))
+            if rows["lifted"] is None and not self.told:
+                self.told = True
+                warn("previews without the row of the lifted model: it is drawn at step 0 alone")
         scale = max(1, SMALLEST_SIDE // min(self.canvas.height, self.canvas.width))
         grid = grid_png([(label, image_to_float(row)) for label, row in shown], scale)
         write_bytes_atomically(self.grid(step), grid)
 
     def grid(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}" / "grid.png"
+        return grid_path(self.folder.parent, step)
 
     def write_row(self, name: str, images: Tensor) -> None:
         folder = self.folder / name

@@ -299,6 +299,12 @@ def test_previews_show_base_lifted_and_now(recipe):
     ).read_bytes()
     assert (recipe.parent / "shown" / "report.html").stat().st_size > 10_000
 
+    grid = samples / "step-000002/grid.png"
+    drawn = grid.read_bytes()
+    grid.unlink()  # killed between the save and the pictures
+    assert finetune(load_recipe(recipe, overrides), ALONE).resumed_from == 2
+    assert grid.read_bytes() == drawn
+
 
 def test_maps_and_what_trains_stay_float32_after_the_engine_has_started(recipe):
     name = another_run(recipe, "dtypes")
