@@ -20,6 +20,7 @@ from asymlift.report.basis_report import BasisReport
 from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
 from asymlift.runtime.signals import stop_requests
+from asymlift.runtime.trackers import check_trackers
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
 from asymlift.stages.finetune import FinetuneReport, finetune
 from asymlift.stages.finetune_resume import chosen_checkpoint
@@ -246,6 +247,7 @@ def run_finetune(recipe: Recipe, start: Start | None = None) -> FinetuneReport:
 def check_finetune(recipe: Recipe, resume: str = AUTO) -> dict[str, Any]:
     ranks = dist.discover()
     accumulation = accumulation_for(recipe.finetune, ranks)
+    check_trackers(recipe.finetune.trackers)
     if recipe.finetune.preview is not None:
         read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
     found = chosen_checkpoint(checkpoints_path(recipe), resume)

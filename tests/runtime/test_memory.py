@@ -83,3 +83,12 @@ def test_a_group_outside_of_what_can_be_seen_is_left_out(files):
 def test_without_proc_it_is_what_the_machine_was_built_with(tmp_path, files):
     (tmp_path / "MEMINFO").unlink()
     assert memory.available_memory() > MIB
+
+
+def test_the_peak_is_at_least_what_was_held_and_does_not_fall():
+    before = memory.peak_of_process()
+    block = bytearray(before // 2 + 64 * MIB)
+    block[::4096] = b"x" * len(block[::4096])
+    held = len(block)
+    del block
+    assert memory.peak_of_process() >= max(before, held)
