@@ -25,6 +25,7 @@ from asymlift.data.records import (
     FACTS,
     IMAGE_SUFFIXES,
     MOST_BYTES,
+    MOST_TEXT,
     BadSample,
     OnBad,
     Part,
@@ -262,6 +263,8 @@ def text_file(
         info = entry.stat()
         if not stat.S_ISREG(info.st_mode):
             raise BadSample(where, "caption cannot be read", "not a plain file")
+        if info.st_size > MOST_TEXT:
+            raise BadSample(where, "caption cannot be read", f"{info.st_size} bytes")
         if caption_lines:
             return inline_captions(path.read_text("utf-8-sig").split("\n"), where)
     except OSError as error:

@@ -58,6 +58,10 @@ def unpack(data: bytes) -> dict[str, Tensor]:
         for name, tensor in list(stored.items())
         if tensor.dtype == torch.float8_e4m3fn
     }
+    for name, scale in scales.items():
+        shape = stored[name].shape
+        if scale.shape != (*shape[:-1], 1)[: len(shape)]:  # else it would grow, without a bound
+            raise ValueError(f"{name} is {tuple(shape)}, its scales {tuple(scale.shape)}")
     return {
         name: tensor.float() * scales[name] if name in scales else tensor
         for name, tensor in stored.items()

@@ -27,6 +27,7 @@ CAPTION = ".txt"
 FACTS = ".json"
 LATENT = ".latent.safetensors"
 TEXT = ".text.safetensors"
+MOST_TEXT = 1 << 22  # bytes of a caption or of facts: as JSON it may take a hundred times as much
 MOST_BYTES = 1 << 29  # of one part: it is read at once, and an uncompressed picture has 2^28
 
 

@@ -29,6 +29,7 @@ from asymlift.data.records import (
     IMAGE_SUFFIXES,
     LATENT,
     MOST_BYTES,
+    MOST_TEXT,
     TEXT,
     BadSample,
     Part,
@@ -273,9 +274,14 @@ def fault_in_member(
         return "duplicate suffix", suffix
     if size == 0 and suffix != CAPTION:
         return "empty member", suffix
-    if size > MOST_BYTES and suffix in KNOWN:
+    if size > most_bytes(suffix) and suffix in KNOWN:
         return "member is too large", f"{suffix}, {size} bytes"
     return None
+
+
+def most_bytes(suffix: str) -> int:
+    """Of one part of a sample."""
+    return min(MOST_TEXT, MOST_BYTES) if suffix in (CAPTION, FACTS) else MOST_BYTES
 
 
 def two_images(members: Container[str]) -> tuple[str, str] | None:
@@ -393,8 +399,8 @@ def is_sound(table: Table) -> bool:
     return all(
         column.shape == (count, 2)
         and bool((column >= [-1, 0]).all())
-        and bool((column <= [LARGEST, MOST_BYTES]).all())
-        for column in table.spans.values()
+        and bool((column <= [LARGEST, most_bytes(suffix)]).all())
+        for suffix, column in table.spans.items()
     )
 
 

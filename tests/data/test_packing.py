@@ -111,3 +111,9 @@ def test_broken_bytes_raise_what_safetensors_raises(cut):
 def test_the_size_is_known_in_advance(dtype, shapes):
     size = len(pack({name: torch.ones(shape) for name, shape in shapes.items()}, dtype))
     assert packed_size(shapes, dtype) == pytest.approx(size, rel=0.03)
+
+
+def test_scales_that_would_make_a_tensor_grow_are_refused():
+    tall = {"a": torch.zeros(8, 1).to(torch.float8_e4m3fn), "a.scale": torch.ones(1, 8)}
+    with pytest.raises(ValueError, match=r"a is \(8, 1\), its scales \(1, 8\)"):
+        unpack(safetensors.torch.save(tall))

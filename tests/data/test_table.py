@@ -115,6 +115,14 @@ FAULTS = {
 }
 
 
+def test_a_text_longer_than_any_caption_is_refused(tmp_path):
+    text = b" " * (table.MOST_TEXT + 1)
+    members = [("a.png", PNG), ("a.txt", text), ("b.png", PNG), ("b.json", text), ("c.png", PNG)]
+    found = index_shard(raw_tar(tmp_path / "a.tar", members))
+    assert found.keys() == ["c"]
+    assert {fault.reason for fault in found.faults} == {"member is too large"}
+
+
 def test_a_part_that_would_fill_the_memory_is_refused_and_never_read(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "MOST_BYTES", 1000)
     members = [
@@ -405,3 +413,21 @@ def test_a_flipped_byte_in_the_data_is_seen_when_it_is_read(tmp_path):
     flip(tmp_path / "a.tar", record.parts[".png"].offset)
     with pytest.raises(BadSample, match="changed since it was indexed"):
         Reader().image(record)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("spans", (0, 1 << 40)), ("spans", (1 << 62, 5)), ("spans", (512, -5)), ("ends", 1 << 40)],
+)
+def test_an_index_whose_columns_cannot_be_is_none(tmp_path, column, value):
+    """Under a right checksum: whoever writes a shard may write its index too."""
+    shard = raw_tar(tmp_path / "a.tar", [("a.png", PNG)])
+    found, path = index_shard(shard), table.index_path(shard)
+    table.save_table(found, path)
+    assert table.load_table(shard, path) is not None
+    if column == "spans":
+        found.spans[".png"][:] = value
+    else:
+        found.ends[:] = value
+    table.save_table(found, path)
+    assert table.load_table(shard, path) is None
