@@ -1,5 +1,6 @@
 """Secrets do not leave, and what is no secret stays as it is."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_what_is_no_secret_is_left_alone(text, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "tokenizer_config")
     monkeypatch.setenv("SSH_KEY", "org")
     assert redacted(text) == text
+
+
+@pytest.mark.parametrize("piece", ["a-", "a://", "x", " --a", "token", "https://a@", " -u a"])
+def test_no_text_takes_long(piece):
+    started = time.process_time()
+    redacted(piece * (50_000 // len(piece)))
+    assert time.process_time() - started < 2
 
 
 def test_documents_are_cleaned_all_through():
