@@ -37,6 +37,10 @@ bench: setup
 chaos: setup
 	$(BIN)/pytest -m slow
 	$(BIN)/python benchmarks/reliability/kill_convert.py
+	$(BIN)/python -m benchmarks.reliability.poison
+	$(BIN)/python -m benchmarks.reliability.attacks
+	$(BIN)/python -m benchmarks.reliability.canaries
+	$(BIN)/python -m benchmarks.reliability.flip_bits
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
