@@ -58,7 +58,9 @@ def forgive(seconds: float) -> None:
 
 
 def line_of_code() -> str:
-    """The line of this package that the main thread is in, or below."""
+    """The line of this package that the main thread is in, or below; "" if that is who asks."""
+    if threading.current_thread() is threading.main_thread():
+        return ""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         name = frame.f_code.co_filename
