@@ -8,6 +8,7 @@ from asymlift.maths.schedule import (
     draw_sigma,
     draw_sigma_mode,
     draw_sigma_uniform,
+    middles,
     pixel_shift,
     shift_for_pixels,
     shift_time,
@@ -106,3 +107,11 @@ def test_mode_draws_are_uniform_at_scale_zero_and_crowd_the_middle_above():
     assert_close(draw_sigma_mode(u, shift=1.0, scale=0.0), 1 - u)
     near_middle = (draw_sigma_mode(u, shift=1.0, scale=1.29) - 0.5).abs() < 0.1
     assert near_middle.double().mean() > 0.3  # 0.2 if uniform
+
+
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_middles_stand_for_equal_shares(count):
+    found = middles(count)
+    assert_close(found.diff(), torch.full((count - 1,), 1 / count, dtype=torch.float64))
+    assert_close(found.mean(), torch.tensor(0.5, dtype=torch.float64))
+    assert found[0] > 0 and found[-1] < 1
