@@ -31,6 +31,8 @@ OFFLOADED = {
     "optimizer": ["offload_optimizer"],
     "all": ["offload_optimizer", "offload_param"],
 }
+ON_HOST = {"optimizer": "optimizer", "all": "optimizer and weights"}
+NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW with moments of 8 bits", "muon": "Muon"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,15 @@ class Engine(EngineState):
         for flat, pieces in layout.flats.items():
             name = next(iter(pieces))
             begin_state(optimizer, self.group_of(name), flat)
+
+    @property
+    def about(self) -> str:
+        """What updates, and where."""
+        kind, offload = NAMES[self.use.kind], self.settings.offload
+        if self.use.kind == "muon":
+            kind += f" for {len(self.trainable.matrices)} matrices and AdamW for the rest"
+        place = f", {ON_HOST[offload]} on the host" if offload != "none" else ""
+        return f"{kind}, ZeRO {self.stage}{place}"
 
     @property
     def stage(self) -> int:

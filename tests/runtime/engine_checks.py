@@ -233,6 +233,7 @@ def check(case: Case) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     width = width_of(case.kind)
     engine = engine_for(case, seed=0)
+    facts["about"] = engine.about
     facts["updates at first"] = engine.num_updates
     facts["moments at first"] = max(float(m.abs().max()) for _, m in engine.moments())
     facts["shapes"] = {name: list(engine.shape_of(name)) for name in engine.trainable.parameters}

@@ -35,7 +35,11 @@ def run(ranks: int) -> dict[str, Any]:
         )
         for rank in range(ranks)
     ]
-    said = [process.communicate(timeout=240) for process in processes]
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert all(process.returncode == 0 for process in processes), said
     found: dict[str, Any] = json.loads(said[0][0])  # DeepSpeed's lines go to stderr
     return found
@@ -93,6 +97,15 @@ def test_without_clipping_nothing_is_clipped(facts):
     )
     assert min(facts["unclipped norms"]) > CLIP
     assert facts["weights against torch, unclipped"] < tolerance
+
+
+def test_an_engine_says_what_updates_and_where(documents):
+    said = {name: documents[1][name]["about"] for name in CASES}
+    assert said["0"] == "AdamW, ZeRO 0"
+    assert said["2, optimizer offloaded"] == "AdamW, ZeRO 2, optimizer on the host"
+    assert said["3, muon, all offloaded"] == (
+        "Muon for 2 matrices and AdamW for the rest, ZeRO 3, optimizer and weights on the host"
+    )
 
 
 def test_whole_and_shard_are_inverses(facts):
