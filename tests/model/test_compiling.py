@@ -69,6 +69,7 @@ def test_student_and_reference_keep_apart_and_stay_what_they_were(net, checkpoin
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # g++ takes a minute per graph on a busy machine
 def test_the_compilers_own_code_agrees_too(net):
     before = both_branches(net)
     torch._dynamo.reset()
