@@ -132,8 +132,19 @@ def states_split(weights: Weights, use: ZeroSettings, device: Device) -> ZeroMem
         gradients_grow=use.stage == 1 and not several,
         from_first_gradient=0 if keeps else early,
         reduce=reduce,
-        update=share + flat_update(weights, use, device),
+        update=update_of_groups(weights, use, device),
     )
+
+
+def update_of_groups(weights: Weights, use: ZeroSettings, device: Device) -> int:
+    """One group after another is made flat; the gradients they come from go with the last."""
+    averaged, sizes = share_of(weights.trained, use), []
+    for position, numbers in enumerate(weights.groups, start=1):
+        flat = share_of(numbers, use)
+        beside = roots(flat // FLOAT32, device)
+        last = position == len(weights.groups)
+        sizes.append(max(averaged + flat, flat + beside) if last else averaged + flat + beside)
+    return max(sizes)
 
 
 def everything_split(weights: Weights, use: ZeroSettings, device: Device) -> ZeroMemory:

@@ -7,7 +7,7 @@ to it is gone, so what autograd saves, what is temporary and every peak are in i
 
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,9 +97,12 @@ def measure_step(
     make_batch: Callable[[], Batch],
     size: int,
     device: Device,
-    mode: FakeTensorMode,
+    mode: AbstractContextManager[Any],
 ) -> StepFootprint:
-    """Run a step of fake tensors forward and backward, as the device would."""
+    """Run a step, of fake tensors if `mode` makes such, forward and backward as the device would.
+
+    The step is used up: its hooks stay.
+    """
     watch = Watch(LiveBytes(device), step)
     everyone = list(range(size))  # which samples are compared follows from numbers
     step.chosen = lambda batch: (everyone, everyone)  # type: ignore[method-assign]
