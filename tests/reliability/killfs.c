@@ -1,7 +1,9 @@
 /* LD_PRELOAD: die, or run out of space, at a chosen file operation below one folder.
  *
  *   killfs_arm(n, folder)    SIGKILL this process at its n-th changing operation (0: only count)
+ *   killfs_victim(pid)       let another process die instead of this one
  *   killfs_fill(n, folder)   from the n-th write on, answer "no space left on device"
+ *   killfs_drain(n)          only n writes are answered so; then there is space again
  *   killfs_count()           changing operations, or writes, so far
  *
  * A write counts twice: before its first byte, and with half of its bytes written.
@@ -19,17 +21,21 @@
 #include <unistd.h>
 
 static char folder[2048];
-static long count, kill_at, full_at;
+static long count, kill_at, full_at, full_for, victim;
 
 void killfs_arm(long n, const char *path) {
     snprintf(folder, sizeof folder, "%s/", path);
-    count = 0, kill_at = n, full_at = 0;
+    count = 0, kill_at = n, full_at = full_for = victim = 0;
 }
+
+void killfs_victim(long pid) { victim = pid; }
 
 void killfs_fill(long n, const char *path) {
     killfs_arm(0, path);
     full_at = n;
 }
+
+void killfs_drain(long n) { full_for = n; }
 
 long killfs_count(void) { return count; }
 
@@ -56,7 +62,12 @@ static int watched_file(int file) { return file > 2 && watched(file, ""); }
 
 static void operation(void) {
     if (full_at) return;
-    if (++count == kill_at) kill(getpid(), SIGKILL);
+    if (++count == kill_at) kill(victim ? victim : getpid(), SIGKILL);
+}
+
+static int full(void) {
+    if (!full_at || ++count < full_at) return 0;
+    return !full_for || count < full_at + full_for;
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -64,13 +75,13 @@ static void operation(void) {
 /* A write of `size` bytes; `half` does the first half of it. Returns 1 if the disk is full. */
 #define WRITING(file, half)                                       \
     if (watched_file(file)) {                                     \
-        if (full_at && ++count >= full_at) {                      \
+        if (full()) {                                             \
             errno = ENOSPC;                                       \
             return -1;                                            \
         }                                                         \
         if (!full_at) {                                           \
             operation();                                          \
-            if (count + 1 == kill_at) { (void)!(half); }          \
+            if (count + 1 == kill_at && !victim) { (void)!(half); }          \
             operation();                                          \
         }                                                         \
     }
