@@ -36,7 +36,11 @@ bench: setup
 # Long figures of reliability.
 chaos: setup
 	$(BIN)/pytest -m slow
-	$(BIN)/python benchmarks/reliability/kill_convert.py
+	$(BIN)/python -m benchmarks.reliability.kill_convert
+	$(BIN)/python -m benchmarks.reliability.kill_finetune
+	$(BIN)/python -m benchmarks.reliability.kill_saves
+	$(BIN)/python -m benchmarks.reliability.stop_finetune
+	$(BIN)/python -m benchmarks.reliability.resume_finetune
 	$(BIN)/python -m benchmarks.reliability.poison
 	$(BIN)/python -m benchmarks.reliability.attacks
 	$(BIN)/python -m benchmarks.reliability.canaries
