@@ -4,6 +4,7 @@ from itertools import islice
 
 import torch
 
+from asymlift.maths.zero_memory import Device
 from asymlift.recipe import Recipe
 from asymlift.stages.plan import SUGGESTED, cheapest, describe_changes, gib
 from asymlift.stages.plan_memory import Planner, alternatives
@@ -26,7 +27,7 @@ def memory_advice(recipe: Recipe, world: int, phase: str) -> list[str]:
 
 
 def estimated(recipe: Recipe, world: int, phase: str) -> list[str]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     planner = Planner(recipe, blueprint_of(recipe), world, device=device)
     own = planner.own
     held = [f"{part} {gib(size)}" for part, size in own.resident.items() if size]
