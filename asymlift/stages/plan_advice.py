@@ -1,6 +1,7 @@
 """What to say when memory runs out: what was held, and what to change."""
 
 from itertools import islice
+from typing import Literal
 
 import torch
 
