@@ -25,6 +25,8 @@ from asymlift.runtime.parameters import Trainable
 
 LOWER_PRECISION_MODULES = ["torch.nn.Linear", "torch.nn.Conv2d"]  # exact classes: not the maps
 
+BUCKET = 500_000_000  # numbers that are reduced at once: DeepSpeed's default
+
 Offload = Literal["none", "optimizer", "all"]
 OFFLOADED = {
     "none": [],
@@ -73,7 +75,7 @@ class Engine(EngineState):
     def __init__(
         self, module: nn.Module, trainable: Trainable, settings: EngineSettings, ranks: Ranks
     ) -> None:
-        self.deepspeed, self.settings = import_deepspeed(), settings
+        self.deepspeed, self.settings, self.trainable = import_deepspeed(), settings, trainable
         self.left_out = 0  # non-finite updates of stage 0, where DeepSpeed looks at none
         device = next(iter(trainable.parameters.values())).device
         optimizer = build_optimizer(settings.optimizer, trainable, device)
@@ -116,6 +118,8 @@ class Engine(EngineState):
             "gradient_accumulation_steps": use.accumulation,
             "zero_optimization": {
                 "stage": use.zero_stage,
+                # It is allocated whole, however little trains.
+                "reduce_bucket_size": min(BUCKET, self.trainable.num_parameters),
                 **dict.fromkeys(OFFLOADED[use.offload], host),
                 **use.zero3,
             },

@@ -19,7 +19,7 @@ from asymlift.maths.zero_memory import (
 from asymlift.model.ema import LARGE
 from asymlift.model.footprint import StepFootprint
 from asymlift.recipe import FinetuneSection, Recipe
-from asymlift.runtime.engine import LOWER_PRECISION_MODULES
+from asymlift.runtime.engine import BUCKET, LOWER_PRECISION_MODULES
 from asymlift.runtime.optimizers import OptimizerSettings, is_special
 from asymlift.stages.open_data import fit_of
 from asymlift.stages.plan_model import Blueprint, Built, build, trace, trace_sampling
@@ -30,8 +30,7 @@ RANKS_PER_NODE = 8
 # and goes is lost between blocks.
 CONTEXT, FRAGMENTATION = 3 * GIB // 2, 0.08
 PROCESS = 2 * GIB  # of the host: Python, libraries and a few samples ahead, per rank
-BUCKET = 500_000_000  # numbers: DeepSpeed's default of reduce_bucket_size ...
-LIVE, PREFETCH, PERSISTENT = 1_000_000_000, 50_000_000, 100_000  # ... and of stage 3
+LIVE, PREFETCH, PERSISTENT = 1_000_000_000, 50_000_000, 100_000  # numbers: DeepSpeed's defaults
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "muon": 4.0}  # of special numbers
 
 
@@ -190,7 +189,7 @@ class Planner:
             stage=settings.zero.stage,
             world=self.world,
             accumulation=max(settings.batch // (settings.micro_batch * self.world), 1),
-            bucket=self.limits.bucket,
+            bucket=min(self.limits.bucket, numbers),
             state_bytes=sum(count * width for count, width in groups) / numbers,
             offload=settings.zero.offload,
             dtypes=self.travelling(settings) if lower else (4,),
