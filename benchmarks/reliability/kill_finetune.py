@@ -16,7 +16,7 @@ DRIVER = "tests.reliability.kill_finetune"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="per stage")
-    parser.add_argument("--steps", type=int, default=60, help="of the run that is killed")
+    parser.add_argument("--steps", type=int, default=30, help="of the run that is killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seconds", type=int, default=3600, help="per stage; then no more kills")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.reliability.kill_saves           # needs gcc; about ten minutes
 
-Writes benchmarks/results/kill_saves.json. Rank 0, which writes, dies at every operation of two
-saves and the removals that belong to them; rank 1 dies while rank 0 stands at every tenth of them.
+Writes benchmarks/results/kill_saves.json. Rank 0, which writes, dies at every other operation
+of two saves and of the removals that belong to them; with two ranks at every twentieth, and rank 1
+while rank 0 stands at one.
 """
 
 import argparse
@@ -33,14 +34,14 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1, help="operations between kills of rank 0")
+    parser.add_argument("--every", type=int, default=2, help="operations between kills")
     parser.add_argument("--pairs", type=int, default=10, help="double kills")
     parser.add_argument("--writes", type=int, nargs="+", default=list(range(1, 31, 3)))
     options = parser.parse_args()
     every, wide = options.every, 10 * options.every
     writes = ":".join(str(write) for write in options.writes)
     alone = [f"kill:0:{every}:1", f"twice:{options.pairs}:0", f"fill:{writes}", "once:1:7:13:19"]
-    two = [f"kill:0:{wide}:1", f"kill:1:{wide}:6"]
+    two = [f"kill:0:{wide}:1", f"kill:1:{wide}:{wide // 2 + 1}"]
     with tempfile.TemporaryDirectory() as name:
         library = build(Path(name))
         killed, twice, full, once = measured(DRIVER, "1", "2", *alone, library=library)

@@ -15,9 +15,9 @@ DRIVER = "tests.reliability.stop_finetune"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--stage", type=int, default=2)
     options = parser.parse_args()
     numbers = [options.stage, options.times, options.seed, options.steps]
     found = {

@@ -102,6 +102,8 @@ class Group:
         log = os.open(self.log(rank), os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        # A fork leaves torch's pool of threads to be made anew, which two threads at once cannot.
+        sys.modules["torch"].set_num_threads(1)
         if self.first is not None:
             self.first(rank, self.pids)
         os._exit(command(self.words))
@@ -125,7 +127,7 @@ class Group:
         if self.codes[rank] is None:
             os.kill(self.pids[rank], number)
 
-    def wait(self, seconds: float = 240) -> list[int | None]:
+    def wait(self, seconds: float = 900) -> list[int | None]:
         """The exit codes; who has not ended by then is killed, and has the code None."""
         until = time.monotonic() + seconds
         while not self.ended() and time.monotonic() < until:

@@ -119,7 +119,12 @@ def another_run(recipe: Path, name: str) -> str:
 
 
 def drive(
-    recipe: Path, jobs: list[list[str]], *, ranks: int = 1, send: str = ""
+    recipe: Path,
+    jobs: list[list[str]],
+    *,
+    ranks: int = 1,
+    send: str = "",
+    seconds: float = 240,
 ) -> tuple[list[dict[str, Any]], list[int], list[str]]:
     """Run the jobs on so many ranks: (results of rank 0, exit codes, what each rank said)."""
     with socket.socket() as probe:
@@ -148,7 +153,7 @@ def drive(
                 text=True,
             )
         )
-    said = [process.communicate(timeout=240) for process in processes]
+    said = [process.communicate(timeout=seconds) for process in processes]
     lines = said[0][0].splitlines()
     results = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
     return results, [process.returncode for process in processes], [text for _, text in said]
