@@ -228,7 +228,7 @@ def prepared(recipe: Any, ranks: Any, device: Any, bucket: int) -> tuple[Any, An
     lifted = Lifted(folder, family.name, geometry, A, 1.0, color_of(recipe), {}, {})
     low = torch.bfloat16 if use.precision == "bfloat16" else None
     step, trainable = build_step(use, lifted, family, low, device)
-    zero = {"reduce_bucket_size": bucket}
+    zero = {"reduce_bucket_size": min(bucket, trainable.num_parameters)}
     if use.zero.stage == 3:
         names = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
         zero |= dict.fromkeys([f"stage3_{name}" for name in names], 0)
