@@ -43,6 +43,7 @@ from asymlift.runtime.watchdog import MARGIN, watched
 from asymlift.stages.finetune_data import Encoders, check_sample, open_training_data
 from asymlift.stages.finetune_journal import Journal
 from asymlift.stages.finetune_ledger import Ledger, by_reason, read_skipped
+from asymlift.stages.finetune_memory import explaining_memory, resident
 from asymlift.stages.finetune_model import adapters_of, build_step
 from asymlift.stages.finetune_resume import (
     Change,
@@ -101,7 +102,8 @@ def finetune(
         if found is not None and is_finished(recipe, found, ranks):
             return dist.first_does(ranks, lambda: nothing_left(recipe.run_folder, found))
         run = Run(recipe, ranks, device, accumulation, zero3 or {})
-        return run.to_the_end(found, start, request)
+        with explaining_memory(recipe, ranks, run.resident):
+            return run.to_the_end(found, start, request)
 
 
 def is_finished(recipe: Recipe, found: Checkpoint, ranks: Ranks) -> bool:
@@ -194,6 +196,9 @@ class Run:
             autocast=self.precision if use.train == "full" else None,
             zero3=zero3 if use.zero.stage == 3 else {},
         )
+
+    def resident(self) -> dict[str, int]:
+        return resident(self.engine, self.ema, self.step_module)
 
     # --- the loop -----------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,13 +25,12 @@ from asymlift.model.training_step import TrainingStep
 from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine
-from asymlift.runtime.failures import is_out_of_memory, out_of_memory
+from asymlift.runtime.failures import is_out_of_memory
 from asymlift.runtime.log import human_seconds, say
 from asymlift.runtime.tables import show_table
 from asymlift.stages.finetune_state import TrainingState
 from asymlift.stages.finetune_step import Trainer
 from asymlift.stages.finetune_validation import Validation
-from asymlift.stages.plan_memory import alternatives
 from asymlift.stages.preview import Previews, evaluating
 
 LOW_NOISE = 0.05  # every term of the loss counts there, so none is left out
@@ -43,11 +41,10 @@ STEP = "a training step"
 
 @dataclass(frozen=True)
 class Phase:
-    """Something to do, what to call it, and what to change where memory does not suffice."""
+    """Something to do, and what to call it."""
 
     name: str
     act: Callable[[], None]
-    advice: str
 
 
 @dataclass(frozen=True)
@@ -81,22 +78,13 @@ class Rehearsal:
 
     def phases(self) -> list[Phase]:
         """In the order of a run. The first step is slower than the others, so there are two."""
-        step, changes = partial(training_step, self.trainer), self.changes
-        phases = [Phase("the first training step", step, changes), Phase(STEP, step, changes)]
+        step = partial(training_step, self.trainer)
+        phases = [Phase("the first training step", step), Phase(STEP, step)]
         if self.previews is not None:
-            half, act = self.previews.batch // 2, partial(self.preview, self.previews)
-            smaller = f"sample.batch={half}, or " if half else ""
-            phases.append(Phase("a batch of previews", act, f"{smaller}{changes}"))
+            phases.append(Phase("a batch of previews", partial(self.preview, self.previews)))
         if self.validation is not None:
-            act = partial(self.validate, self.validation)
-            phases.append(Phase("a validation batch", act, changes))
-        return [*phases, Phase("a checkpoint", self.checkpoint, changes)]
-
-    @property
-    def changes(self) -> str:
-        """The cheapest, in time and quality, that take less memory."""
-        found = alternatives(self.trainer.settings, self.trainer.ranks.world)
-        return ", or ".join(f"{key}={value}" for key, value, _, _ in islice(found, 3))
+            phases.append(Phase("a validation batch", partial(self.validate, self.validation)))
+        return [*phases, Phase("a checkpoint", self.checkpoint)]
 
     def preview(self, previews: Previews) -> None:
         with self.state.engine.showing(self.shown):
@@ -128,10 +116,10 @@ def rehearsed(phase: Phase, ranks: Ranks, device: torch.device) -> Took:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        watch.at(None, f"rehearsing {phase.name}, before which {human_bytes(before)} were held")
-        raise out_of_memory(error, f"rank {ranks.rank}", f"Cheapest: {phase.advice}") from error
+        if is_out_of_memory(error):
+            held_before = f"before which {human_bytes(before)} were held"
+            watch.at(None, f"rehearsing {phase.name}, {held_before}")
+        raise
     mine = (time.monotonic() - started, before, peak(device))
     every = dist.gathered(ranks, mine)
     return Took(phase.name, *map(max, zip(*every, strict=True)))

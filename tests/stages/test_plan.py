@@ -14,7 +14,6 @@ from asymlift.embedded.scenes import make_scenes
 from asymlift.recipe import check_recipe
 from asymlift.stages.open_data import open_data
 from asymlift.stages.plan import GIB, as_json, plan, render
-from asymlift.stages.plan_advice import memory_advice
 from asymlift.stages.plan_data import look_at_data
 from asymlift.stages.plan_memory import Limits, Planner, alternatives
 from asymlift.stages.plan_model import blueprint_of
@@ -128,23 +127,6 @@ def test_a_config_alone_is_enough(tmp_path):
     found, whole = blueprint_of(bare), blueprint_of(recipe)
     assert "no weights there" in found.source
     assert Planner(bare, found, 1).own.phases == Planner(recipe, whole, 1).own.phases
-
-
-def test_out_of_memory_advice_names_parts_and_changes(tmp_path):
-    values = small(tmp_path)
-    values["data"]["resize"] = {"sides": [512]}  # or DeepSpeed's buffers are all that counts
-    lines = memory_advice(check_recipe(values, "larger"), 2, "the first step")
-    assert lines[0].startswith("out of memory in the first step. By estimate a rank holds")
-    assert "forward and backward" in lines[1]
-    assert any("--set finetune." in line and "saves" in line for line in lines)
-
-
-def test_out_of_memory_advice_never_raises(tmp_path):
-    values = small(tmp_path)
-    values["model"]["base"] = str(tmp_path / "gone")
-    lines = memory_advice(check_recipe(values, "gone"), 2, "a preview")
-    assert lines[0] == "out of memory in a preview; the cheapest changes, not estimated:"
-    assert len(lines) == 4
 
 
 def run(tmp_path: Path, *options: str, base: str = "embedded:tiny"):
