@@ -2,11 +2,11 @@
 
     python -m tests.reliability.kill_finetune STAGE KILLS SEED STEPS [SECONDS]
 
-Half of the kills wait for a save or a preview, which are short, a third for a random step, the rest
-fall into the start. After so many seconds nothing more is killed. Prints one JSON document; what happens meanwhile goes
-to stderr. Every random thing of a run is on:
-LoRA with dropout, captions that are dropped, data read by threads, average, clipping, gradient
-checkpointing, accumulation, previews.
+Half of the kills wait for a save or a preview, which are short, a third for a random step, the
+rest fall into the start. After so many seconds nothing more is killed. Prints one JSON document;
+what happens meanwhile goes to stderr. Every random thing of a run is on: LoRA with dropout,
+captions that are dropped, data read by threads, average, clipping, gradient checkpointing,
+accumulation, previews.
 """
 
 import json

@@ -150,7 +150,7 @@ def kill_everywhere(
     return {
         "ranks": saves.world,
         "rank killed": victim,
-        "operations of two saves": point - 1 if last is None else None,
+        "operations of two saves, at most": point - 1 if last is None else None,
         "every": every,
         "killed": killed,
         "newest committed then": dict(newest),
