@@ -42,7 +42,7 @@ SHARED = [
     "finetune.loss.perceptual=null",
     "finetune.checkpoint={every: 1000, keep: 1, milestone: null}",
 ]
-UNCLIPPED = "finetune.clip.norm=1000"
+UNCLIPPED, CLIPPED = "finetune.clip.norm=1000", "finetune.clip={norm: 0.01, from_step: 0}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Matrix:
 
     def __init__(self, folder: Path, *, clipped: bool = False, accumulation: int = 1) -> None:
         self.recipe, self.accumulation = build(folder), accumulation
-        self.shared = SHARED if clipped else [*SHARED, UNCLIPPED]
+        self.shared = [*SHARED, CLIPPED if clipped else UNCLIPPED]
         self.results: dict[str, dict[str, Any]] = {}
         self.weights: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -88,17 +88,14 @@ class Matrix:
             [newest] = (self.recipe.parent / name / "checkpoints").glob("step-*")
             self.weights[name] = load_file(newest / "trainable.safetensors")
 
-    def begin(self, places: Sequence[Place]) -> None:
-        """Halves, and whole runs to compare with."""
-        for ranks in sorted({place.ranks for place in places}):
-            here = [place for place in places if place.ranks == ranks]
-            jobs = {f"half-{place}": self.job(f"half-{place}", place, HALF) for place in here}
-            jobs |= {f"whole-{place}": self.job(f"whole-{place}", place, STEPS) for place in here}
-            self.run(jobs, ranks)
-            report(f"{ranks} rank(s): {len(jobs)} runs to begin with")
+    def begin(self, places: Iterable[Place], ranks: int) -> None:
+        """The first halves that run on so many ranks."""
+        here = [place for place in places if place.ranks == ranks]
+        self.run({f"half-{place}": self.job(f"half-{place}", place, HALF) for place in here}, ranks)
+        report(f"{ranks} rank(s): {len(here)} runs to begin with")
 
     def go_on(self, pairs: Sequence[tuple[Place, Place]], ranks: int) -> None:
-        """The second halves that run on so many ranks."""
+        """The second halves that run on so many ranks, and whole runs to compare them with."""
         here = {name_of(old, new): (old, new) for old, new in pairs if new.ranks == ranks}
         for name, (old, _) in here.items():
             shutil.copytree(
@@ -106,8 +103,11 @@ class Matrix:
                 self.recipe.parent / name / "checkpoints",
                 copy_function=os.link,
             )
-        self.run({name: self.job(name, new, STEPS) for name, (_, new) in here.items()}, ranks)
-        for name in here:
+        jobs = {name: self.job(name, new, STEPS) for name, (_, new) in here.items()}
+        wholes = {f"whole-{new}": new for _, new in here.values()}
+        jobs |= {name: self.job(name, place, STEPS) for name, place in wholes.items()}
+        self.run(jobs, ranks)
+        for name in jobs:
             shutil.rmtree(self.recipe.parent / name)
         report(f"{ranks} rank(s): {len(here)} runs that went on")
 
@@ -151,10 +151,11 @@ def apart(a: float, b: float) -> float:
 def compare_all(
     pairs: Sequence[tuple[Place, Place]], *, clipped: bool = False, accumulation: int = 1
 ) -> list[Any]:
-    places = list(dict.fromkeys(place for pair in pairs for place in pair))
+    olds = dict.fromkeys(old for old, _ in pairs)
     with tempfile.TemporaryDirectory() as name:
         matrix = Matrix(Path(name), clipped=clipped, accumulation=accumulation)
-        matrix.begin(places)
+        for ranks in sorted({old.ranks for old in olds}):
+            matrix.begin(olds, ranks)
         for ranks in sorted({new.ranks for _, new in pairs}):
             matrix.go_on(pairs, ranks)
         return [matrix.compare(old, new) for old, new in pairs]

@@ -10,7 +10,7 @@ def compared():
     pairs = [
         (Place("lora", 3, 2), Place("lora", 1, 2)),
         (Place("lora", 3, 2), Place("lora", 2, 1)),
-        (Place("full", 2, 1), Place("full", 3, 2)),
+        (Place("full", 2, 2), Place("full", 3, 1)),
     ]
     return compare_all(pairs)
 
