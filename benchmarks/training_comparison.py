@@ -104,7 +104,8 @@ def flops_per_sample(out: Path, model: str, kind: str) -> float:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    text = family.collate([{"encoder_hidden_states": noise(12, 32)}] * count)
+    width = step.student.net.config.joint_attention_dim
+    text = family.collate([{"encoder_hidden_states": noise(12, width)}] * count)
     tokens = side * side
     batch = Batch(
         x0=noise(count, tokens, lifted.geometry.D),
