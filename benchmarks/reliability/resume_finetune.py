@@ -13,28 +13,37 @@ from benchmarks.reliability.figures import measured, write
 DRIVER = "tests.reliability.resume_finetune"
 
 
+def place(name: str) -> tuple[str, str]:
+    """'lora-3-2' -> stage 3, 2 ranks."""
+    _, stage, ranks = name.split("-")
+    return stage, ranks
+
+
 def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pairs on as many ranks as before, and on others."""
+    """The pairs in three kinds, by what changes between the halves."""
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "same stage, same ranks": [],
+        "another stage, same ranks": [],
+        "another number of ranks": [],
+    }
+    for pair in pairs:
+        old, new = place(pair["from"]), place(pair["to"])
+        same = "same stage" if old[0] == new[0] else "another stage"
+        change = f"{same}, same ranks" if old[1] == new[1] else "another number of ranks"
+        kinds[change].append(pair)
+    return {change: figures(some) for change, some in kinds.items() if some}
 
-    def of(some: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "pairs": len(some),
-            "equal, bit for bit": sum(pair["equal"] for pair in some),
-            **{
-                f"largest relative difference of {what}": max(
-                    (pair[what] for pair in some), default=0
-                )
-                for what in ("loss", "norm", "weights")
-            },
-        }
 
-    def ranks(name: str) -> str:
-        return name.rsplit("-", 1)[1]
-
-    same = [pair for pair in pairs if ranks(pair["from"]) == ranks(pair["to"])]
+def figures(some: list[dict[str, Any]]) -> dict[str, Any]:
+    ranks = {f"{place(pair['from'])[1]} to {place(pair['to'])[1]}" for pair in some}
     return {
-        "on as many ranks": of(same),
-        "on another number": of([p for p in pairs if p not in same]),
+        "pairs": len(some),
+        "ranks": sorted(ranks),
+        "equal, bit for bit": sum(pair["equal"] for pair in some),
+        **{
+            f"largest relative difference of {what}": max(pair[what] for pair in some)
+            for what in ("loss", "norm", "weights")
+        },
     }
 
 
@@ -43,16 +52,12 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--stages", default="1,2,3")
     options = parser.parse_args()
-    found: dict[str, Any] = {"ranks": options.ranks, "stages": options.stages}
+    found = {}
     for kind in ("lora", "full"):
         found[kind] = summary(measured(DRIVER, kind, options.stages, options.ranks))
         print(found[kind], flush=True)
     for way in ("clipped", "accumulated"):
-        some = measured(DRIVER, "lora", options.stages, "2", way)
-        found[f"lora, {way}, on 2 ranks"] = {
-            **summary(some)["on as many ranks"],
-            "equal": [f"{pair['from']} to {pair['to']}" for pair in some if pair["equal"]],
-        }
+        found[f"lora, {way}"] = summary(measured(DRIVER, "lora", options.stages, "2", way))
     write("resume_finetune", found)
 
 

@@ -4,10 +4,11 @@
 
 Every run that was saved after step 2 goes on, to step 4, at every stage and on every number of
 ranks; the run that nobody disturbed, of the same stage and ranks as the second half, is what it
-must equal. float32, and no dropout of adapters, whose masks follow from the rank. Nothing is
-clipped, as each stage sums the norm in its own order, and nothing accumulated: stage 1 adds up
-micro-batches before it adds up ranks, the others the other way round. `clipped` and `accumulated`
-show how much that is. Prints one JSON document.
+must equal. float32, and no dropout of adapters, whose masks follow from the rank.
+
+What restores is exact; what follows is exact where both stages add in the same order. More than two
+ranks are added in another order at ZeRO-3, and with `accumulated` micro-batches ZeRO-1 adds them up
+before the ranks, the others after. `clipped` has every update clipped. Prints one JSON document.
 """
 
 import json
