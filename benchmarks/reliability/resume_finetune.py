@@ -2,7 +2,8 @@
 
     python -m benchmarks.reliability.resume_finetune      # about ten minutes; 4 processes at most
 
-Writes benchmarks/results/resume_finetune.json.
+Writes benchmarks/results/resume_finetune.json: pairs of the same stage and ranks, of another stage,
+and of another number of ranks.
 """
 
 import argparse
