@@ -18,6 +18,7 @@ class Place(NamedTuple):
     note: str  # such as the last sample
     patience: float  # how many times the usual timeout it may take
     since: float  # by this machine's time.monotonic
+    ends: bool = False  # on its way out, with something left to write
 
     def __str__(self) -> str:
         step = f"at step {self.step} " if self.step is not None else ""
@@ -49,6 +50,12 @@ def going_on(note: str) -> None:
     """Say that the same moves on, such as from one picture to the next."""
     global last
     last = last._replace(note=note, since=time.monotonic())
+
+
+def ends() -> None:
+    """Say that the run ends, as all ranks agreed, and that trackers and files are being closed."""
+    global last
+    last = last._replace(ends=True)
 
 
 def forgive(seconds: float) -> None:

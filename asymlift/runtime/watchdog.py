@@ -28,6 +28,7 @@ BUSY = 250  # words per second that rank 0 may have to hear, which takes half a 
 ANSWER = 1.0  # seconds that a question or a hello may take
 GRACE = 3.0  # for the main thread to fail by itself, as it does when all ranks agreed on it
 LOST = 0.5  # likewise when a rank is gone: under gloo it fails at once, NCCL would abort soon
+CLOSING = 60.0  # for a tracker to send what is left
 LEAVING = 10.0  # for a main thread that is on its way out
 MARGIN = 8  # that collectives wait longer than the watchdog, which knows more to say
 MEETING = 30.0  # for all sockets to be connected
@@ -228,10 +229,12 @@ class Watchdog:
         else:
             line = f" (at {seen.line})" if seen.line else ""
             what = f"has not moved for {seen.still(now):.0f} s{line},"
+            longer = f"; if it only needs longer, raise finetune.timeout (now {self.limit:g})"
+            return self.lost(rank, what, seen, longer)
         return self.lost(rank, what, seen)
 
-    def lost(self, rank: int, what: str, seen: Seen) -> Verdict:
-        said = f"rank {rank} ({seen.host}) {what} {seen.place}.\n{GO_ON}"
+    def lost(self, rank: int, what: str, seen: Seen, longer: str = "") -> Verdict:
+        said = f"rank {rank} ({seen.host}) {what} {seen.place}.\n{GO_ON}{longer}"
         return Verdict(rank, said, int(Exit.RESUMABLE), LOST)
 
     def decide(self, verdict: Verdict) -> None:
@@ -249,7 +252,7 @@ class Watchdog:
 
     def aftermath(self, verdict: Verdict) -> None:
         """End the process, unless its main thread does."""
-        if self.taken.wait(verdict.grace):
+        if self.taken.wait(verdict.grace) or (watch.last.ends and self.taken.wait(CLOSING)):
             time.sleep(LEAVING)
         else:
             os.write(2, f"error: {verdict.said}\n".encode())

@@ -17,7 +17,7 @@ import torch
 
 from asymlift.errors import BadData
 from asymlift.runtime import dist, watch
-from asymlift.runtime.watchdog import MARGIN, watched
+from asymlift.runtime.watchdog import GRACE, MARGIN, watched
 from tests.runtime.forked import Group, run_all
 
 WORLD, STEPS, WORST = 3, 6, 4
@@ -37,6 +37,15 @@ def get_into(trouble: str) -> None:
         raise ValueError("boom")
 
 
+def end_as_agreed(ranks: dist.Ranks, mark: Path) -> None:
+    """All ranks know it; the first one still has something to send away."""
+    if ranks.first:
+        mark.touch()
+        watch.ends()
+        time.sleep(GRACE + 1)
+    raise BadData("all agree")
+
+
 def add_up(ranks: dist.Ranks, limit: int, rank: int, trouble: str, mark: Path) -> None:
     dist.join(ranks, torch.device("cpu"), limit + MARGIN)
     with watched(ranks, limit):
@@ -44,6 +53,8 @@ def add_up(ranks: dist.Ranks, limit: int, rank: int, trouble: str, mark: Path) -
             watch.at(step, "reading data", f"sample {step}")
             if step == WORST:
                 time.sleep(1)  # for the others to have heard of it
+                if trouble == "agreed":
+                    end_as_agreed(ranks, mark)
                 if ranks.rank == rank:
                     mark.touch()
                     get_into(trouble)

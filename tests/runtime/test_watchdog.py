@@ -15,6 +15,7 @@ import pytest
 from asymlift.errors import BadData, Unavailable
 from asymlift.runtime import dist, watch, watchdog
 from asymlift.runtime.watchdog import (
+    GRACE,
     Line,
     Seen,
     Watchdog,
@@ -32,6 +33,7 @@ AT_ONCE = 2.5  # seconds, on a machine that is busy
 WHERE = r"at step 4 while reading data \(sample 4\)"
 KILLED = "was killed, perhaps for its memory: it ended without a word"
 AGAIN = r"\.\nRun the same command again to go on from the last checkpoint"
+LONGER = rf"{AGAIN}; if it only needs longer, raise finetune\.timeout \(now {LIMIT}\)"
 
 # What comes upon a rank: the codes of ranks 0, 1, 2; what the others say; within how many seconds.
 TROUBLES = {
@@ -50,12 +52,12 @@ TROUBLES = {
     ),
     "1 hang": (
         [75, 75, 75],
-        rf"rank 1 \(.+\) has not moved for \d+ s \(at data/reader.py:88\), {WHERE}{AGAIN}",
+        rf"rank 1 \(.+\) has not moved for \d+ s \(at data/reader.py:88\), {WHERE}{LONGER}",
         LIMIT + 10,
     ),
     "0 hang": (
         [75, 75, 75],
-        rf"rank 0 \(.+\) has not moved for \d+ s \(at data/reader.py:88\), {WHERE}{AGAIN}",
+        rf"rank 0 \(.+\) has not moved for \d+ s \(at data/reader.py:88\), {WHERE}{LONGER}",
         LIMIT + 10,
     ),
     "1 memory": (
@@ -66,6 +68,7 @@ TROUBLES = {
     ),
     "0 data": ([65, 65, 65], rf"rank 0 \(.+\) failed {WHERE}: a shard is gone", AT_ONCE),
     "2 mistake": ([1, 1, 1], rf"rank 2 \(.+\) failed {WHERE}: ValueError: boom", AT_ONCE),
+    "0 agreed": ([65, 65, 65], "", GRACE + 1 + AT_ONCE),
     "1 SIGINT": ([130, 1, 130], rf"rank 1 \(.+\) stopped {WHERE}: Ctrl-C", AT_ONCE),
 }
 
@@ -100,6 +103,12 @@ def test_the_rank_itself_says_what_it_would_say_alone(ends):
     assert ends["2 mistake"][2][2].endswith("ValueError: boom\n")
     assert ends["1 SIGINT"][1][2].endswith("KeyboardInterrupt\n")
     assert all(text == "" for _, _, text in ends["0 none"])
+
+
+def test_a_rank_that_ends_as_agreed_may_close_what_it_wrote_to(ends):
+    """A tracker may take longer to send the rest than the others wait for a rank that failed."""
+    assert [text for _, _, text in ends["0 agreed"]] == ["error: all agree\n"] * 3
+    assert ends["0 agreed"][0][1] > GRACE + 1
 
 
 def test_one_that_was_stopped_does_not_go_on_alone(ends):
