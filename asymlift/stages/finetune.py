@@ -237,9 +237,9 @@ class Run:
                         ticker.tick(note=f"loss {last['loss']:.4f}")
                     if done % self.settings.checkpoint.every == 0 or ends or stop:
                         self.save(done, must=ends or stop is not None)
+                    if stop and self.ranks.first:
+                        request.obeyed(self.folder)
                     if stop and not ends:
-                        if self.ranks.first:
-                            request.obeyed(self.folder)
                         raise StoppedEarly(
                             f"stopped by {stop} after step {done} of {steps}, and saved; "
                             "run the same command again to go on",
@@ -282,6 +282,7 @@ class Run:
             try:
                 yield box[0] if box else None
             except UserError as ending:
+                watch.ends()
                 for journal in box:
                     journal.write_page(str(ending).splitlines()[0])
                 raise
@@ -319,8 +320,8 @@ class Run:
             self.show(step)
         if journal is None:
             return
-        if drawn and self.previews is not None:
-            journal.preview(step, self.previews.grid(step))
+        if self.previews is not None and drawn and (grid := self.previews.grid(step)).exists():
+            journal.preview(step, grid)
         validated = self.validation is not None and self.validation.is_due(step, step + 1)
         if drawn or validated or ends or step % every == 0:
             watch.at(step, "writing the report")

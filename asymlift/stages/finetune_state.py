@@ -6,10 +6,11 @@ It is keyed by parameter name and whole, so it fits any ZeRO stage and any numbe
 import math
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from asymlift.artifacts.checkpoint import (
@@ -31,7 +32,7 @@ from asymlift.artifacts.safetensors_stream import (
 from asymlift.errors import CannotWrite, UserError
 from asymlift.model.ema import Ema
 from asymlift.recipe import CheckpointSection
-from asymlift.runtime import dist
+from asymlift.runtime import dist, watch
 from asymlift.runtime.engine import Engine
 from asymlift.runtime.log import complain, detail, kept
 
@@ -77,8 +78,11 @@ class TrainingState:
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of all files, whole, one at a time. Every rank has to iterate."""
-        yield from self.engine.weights()
-        yield from self.engine.moments()
+        for name, tensor in chain(self.engine.weights(), self.engine.moments(), self.averages()):
+            watch.going_on(name)  # a save may take as long as it takes, a tensor may not
+            yield name, tensor
+
+    def averages(self) -> Iterator[tuple[str, Tensor]]:
         if self.ema is not None:
             for name, held in self.ema.shown.items():
                 yield name, self.engine.whole(name, held)
@@ -140,8 +144,8 @@ class TrainingState:
                 step_folder(checkpoints, step),
                 needed,
             )
-        for _ in gathered:
-            pass  # every rank takes part in every gather, also when nothing can be written
+        for _, tensor in gathered:  # every rank takes part, also when nothing can be written
+            wait_for(tensor)
         return dist.first_does(self.ranks, lambda: said)
 
     def prune(self) -> None:
@@ -165,6 +169,12 @@ class TrainingState:
             read = tensor_reader(folder / (EMA if (folder / EMA).exists() else TRAINABLE))
             for name, held in self.ema.shards.items():
                 held.copy_(self.engine.shard(name, read(name)))
+
+
+def wait_for(tensor: Tensor) -> None:
+    """On a GPU collectives only queue up, and the timeout of each runs from that moment on."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def write(

@@ -18,7 +18,7 @@ from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.artifacts.parsing import read_small
 from asymlift.data.pictures import decode_image, encode_png, float_to_image, image_to_float
-from asymlift.errors import BadRecipe, Unavailable
+from asymlift.errors import BadRecipe, CannotWrite, Exit, UserError
 from asymlift.families.base import Family, Text
 from asymlift.families.text import text_to
 from asymlift.model.loading import load_pipeline_parts, load_transformer
@@ -29,7 +29,7 @@ from asymlift.recipe import Recipe, SampleSection
 from asymlift.report.pictures import grid_png
 from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
-from asymlift.runtime.log import warn
+from asymlift.runtime.log import complain, warn
 from asymlift.stages.locate import base_folder
 
 if TYPE_CHECKING:
@@ -143,9 +143,11 @@ class Previews:
 
     def draw_base(self, recipe: Recipe) -> None:
         """The row of the latent base, once, from the noise that the pixel model sees."""
-        try:
-            base = base_folder(recipe)
-        except Unavailable as missing:
+        try:  # of several machines one may not have it
+            base = dist.all_do(self.ranks, lambda: base_folder(recipe))
+        except UserError as missing:
+            if missing.exit != Exit.UNAVAILABLE:
+                raise
             warn(f"previews without the row of the base: {missing}")
             return
         paint = dist.all_do(self.ranks, lambda: self.base_painter(recipe, base))
@@ -166,7 +168,7 @@ class Previews:
             images = self.drawn_by_all(pixel_painter(flow, self.lifted, self.canvas))
         if step == 0:
             self.keep(LIFTED, images)
-        dist.first_does(self.ranks, lambda: self.write(step, images))
+        dist.first_does(self.ranks, lambda: self.write_or_tell(step, images))
 
     @torch.no_grad()
     def rehearse(self, flow: PixelFlow) -> None:
@@ -207,6 +209,13 @@ class Previews:
         return text_to(self.family.collate(samples), self.device)
 
     # ---- on disk -------------------------------------------------------------------------------
+
+    def write_or_tell(self, step: int, images: Tensor) -> None:
+        """Pictures that the disk refuses are no reason to lose the steps since the last save."""
+        try:
+            self.write(step, images)
+        except (CannotWrite, OSError) as error:
+            complain(f"{error}\ntraining goes on without the pictures of step {step}")
 
     def write(self, step: int, images: Tensor) -> None:
         """PNG files, an index, and a grid with the two constant rows above."""

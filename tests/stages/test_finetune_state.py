@@ -11,13 +11,16 @@ import torch
 
 from asymlift.artifacts import checkpoint, manifest, safetensors_stream
 from asymlift.artifacts.checkpoint import open_checkpoint, steps_on_disk
+from asymlift.artifacts.safetensors_stream import SafetensorsWriter
 from asymlift.errors import CannotWrite, Exit
 from asymlift.recipe import Recipe, load_recipe
+from asymlift.runtime import watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.metrics import read_metrics
 from asymlift.stages.finetune import finetune
 from asymlift.stages.finetune_start import Start
 from asymlift.stages.finetune_state import TrainingState
+from asymlift.stages.preview import Previews
 from tests.stages.small_run import another_run, build, drive
 
 ALONE = Ranks(0, 1, 0)
@@ -56,6 +59,49 @@ def test_a_save_that_fails_is_said_and_training_goes_on(recipe, monkeypatch, cap
     lines = read_metrics(use.run_folder / "metrics.jsonl")
     assert ["seconds_saving" in line for line in lines] == [False, False, True]
     assert 0 < lines[2]["seconds_saving"] < 30
+
+
+def test_pictures_that_fail_are_said_and_training_goes_on(recipe, monkeypatch, capfd):
+    """They are drawn right after a save, which may itself have failed for the same reason."""
+    write = Previews.write
+
+    def refuse(previews: Previews, step: int, images: torch.Tensor) -> None:
+        if step == 1:
+            raise CannotWrite("samples: the disk is full")
+        write(previews, step, images)
+
+    monkeypatch.setattr(Previews, "write", refuse)
+    use = run_of(recipe, "pictures", "finetune.preview={every: 1, steps: 2}")
+
+    assert finetune(use, ALONE).step == 3
+
+    said = capfd.readouterr().err
+    assert (
+        "error: samples: the disk is full\ntraining goes on without the pictures of step 1\n"
+    ) in said
+    grids = {path.parent.name for path in use.run_folder.glob("samples/*/grid.png")}
+    assert grids == {"step-000000", "step-000002", "step-000003"}
+
+
+def test_a_save_says_which_tensor_it_is_at_and_the_file_that_asked_to_stop_goes(
+    recipe, monkeypatch
+):
+    """So that the watchdog judges a tensor, not how long a save takes; a stop at the end counts."""
+    seen, write = [], SafetensorsWriter.write
+
+    def noted(writer: SafetensorsWriter, name: str, data: Any) -> None:
+        seen.append((watch.last.phase, watch.last.note == name))
+        write(writer, name, data)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", noted)
+    use = run_of(recipe, "noted", "finetune.steps=1")
+    use.run_folder.mkdir(exist_ok=True)
+    (use.run_folder / "save_quit").touch()
+
+    report = finetune(use, ALONE)
+
+    assert set(seen) == {("saving", True)}
+    assert report.step == 1 and not (use.run_folder / "save_quit").exists()
 
 
 def test_another_run_branches_off_a_checkpoint_and_leaves_it_as_it_is(recipe):

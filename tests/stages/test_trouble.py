@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from asymlift.embedded import MODELS
 from asymlift.errors import Exit
 from tests.stages.drive_trouble import STOPPED_FOR
 from tests.stages.small_run import ROOT, another_run, build
@@ -35,12 +36,14 @@ def pairs(tmp_path_factory) -> dict[str, Pair]:
     prompts = runs / "prompts.txt"
     prompts.write_text("a red disc on blue\na green square on white\n")
     shown = f"finetune.preview={{every: 2, prompts: {prompts}}}"
+    (runs / "base-0").symlink_to(MODELS["tiny"])
     for rank in range(2):
         (runs / f"elsewhere-{rank}").mkdir()
     jobs = {
         "stop": ("stop", 1, []),
         "memory": ("memory", 0, []),
         "preview": ("preview", 1, ["finetune.zero.stage=3", shown]),
+        "base": ("nothing", 1, [f"model.base={runs}/base-{{rank}}", shown]),
         "elsewhere": ("nothing", 1, [f"runs={runs}/elsewhere-{{rank}}"]),
     }
     given = {
@@ -104,6 +107,15 @@ def test_a_preview_of_nan_on_one_rank_ends_all(pairs):
     assert said in pair.said[1] and "rank 1" not in pair.said[1]
     assert pair.seconds[0] < 15
     assert (pair.folder / "samples" / "step-000000" / "grid.png").exists()
+
+
+def test_a_base_that_one_machine_lacks_is_drawn_by_none(pairs):
+    """Or some ranks would wait for pictures that the others never draw."""
+    pair = pairs["base"]
+    assert pair.codes == [Exit.DONE] * 2, pair.said
+    assert "warning: previews without the row of the base: model.base: " in pair.said[0]
+    samples = pair.folder / "samples"
+    assert (samples / "step-000000" / "grid.png").exists() and not (samples / "base").exists()
 
 
 def test_a_run_folder_that_is_not_shared_is_refused_and_left_as_it_was(pairs):
