@@ -1,13 +1,12 @@
 """What an exception means for a run: no memory left, or other ranks that are gone."""
 
-import resource
-
 import torch
 import torch.distributed as td
 
 from asymlift.artifacts.files import human_bytes
 from asymlift.errors import Unavailable, UserError
 from asymlift.runtime import watch
+from asymlift.runtime.memory import peak_of_process
 
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to")
 GONE = (
@@ -47,8 +46,7 @@ def out_of_memory(error: BaseException, who: str, advice: str = "") -> UserError
 
 def held_memory() -> str:
     """What this process holds, in words."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    held = f"at most {human_bytes(peak)} of the machine's memory so far"
+    held = f"at most {human_bytes(peak_of_process())} of the machine's memory so far"
     if not torch.cuda.is_available():
         return held
     free, total = torch.cuda.mem_get_info()

@@ -5,7 +5,6 @@ minute, by name. Nothing of it stays: the learning rate is 0, so weights do not 
 optimizer remembers is emptied, the average is not updated, and what is written is removed.
 """
 
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine
 from asymlift.runtime.failures import is_out_of_memory
 from asymlift.runtime.log import human_seconds, say
+from asymlift.runtime.memory import peak_of_process
 from asymlift.runtime.tables import show_table
 from asymlift.stages.finetune_state import TrainingState
 from asymlift.stages.finetune_step import Trainer
@@ -136,7 +136,7 @@ def held(device: torch.device) -> int:
 def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_of_process()
 
 
 def show_rehearsal(took: Sequence[Took], steps: int) -> list[str]:
