@@ -81,7 +81,7 @@ def pair(recipe):
         f"lora-{stage}": [
             another_run(recipe, f"pair-lora-{stage}"),
             f"finetune.zero.stage={stage}",
-            *LORA,
+            *UNCLIPPED,
         ]
         for stage in (2, 3)
     }
@@ -95,9 +95,10 @@ def losses(result):
 
 
 def test_every_zero_stage_trains_the_same_weights(alone):
-    for stage in (1, 2, 3):
-        assert losses(alone[f"full-{stage}"]) == losses(alone["full-0"])
-        assert alone[f"full-{stage}"]["digests"] == alone["full-0"]["digests"]
+    """To the last bit; clipped, stage 0 apart, which sums the norm in another order."""
+    for stage in (2, 3):
+        assert alone[f"full-{stage}"]["digests"] == alone["full-1"]["digests"]
+    assert losses(alone["full-1"]) == pytest.approx(losses(alone["full-0"]), rel=1e-5)
     assert alone["lora-3"]["digests"] == alone["lora-0"]["digests"]
     norms = [[line["grad_norm"] for line in alone[f"full-{s}"]["metrics"]] for s in range(4)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
@@ -111,7 +112,7 @@ def test_two_ranks_train_as_one(alone, pair):
 
 def test_two_ranks_at_different_stages_are_equal(pair):
     assert pair["full-1"]["digests"] == pair["full-2"]["digests"] == pair["full-3"]["digests"]
-    assert losses(pair["lora-2"]) == pytest.approx(losses(pair["lora-3"]), rel=1e-4)
+    assert pair["lora-2"]["digests"] == pair["lora-3"]["digests"]
 
 
 @pytest.mark.parametrize("name", ["cut-3-1", "cut-0-3", "cut-2-0"])
