@@ -10,6 +10,7 @@ def test_ranges_lists_and_plain_names():
     assert expand_braces("a/{008..010}.tar") == ["a/008.tar", "a/009.tar", "a/010.tar"]
     assert expand_braces("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"]
     assert expand_braces("plain.tar") == ["plain.tar"]
+    assert expand_braces("{{a,b},{c,d},{e,f}}") == list("abcdef")
 
 
 @pytest.mark.parametrize(
