@@ -18,9 +18,8 @@ def expand_braces(pattern: str) -> list[str]:
     longest = max((abs(int(end) - int(start)) for start, end in RANGE.findall(pattern)), default=0)
     names: list[str] = []
     try:
-        if (
-            max(longest, lists_combined(pattern)) < MOST_NAMES
-        ):  # each range is made as a whole before they are combined
+        # Each range is made as a whole before they are combined.
+        if max(longest, lists_combined(pattern)) < MOST_NAMES:
             names += islice(braceexpand(pattern), MOST_NAMES + 1)
     except ValueError as error:
         raise BadData(f"{pattern}: {error}") from None
