@@ -79,6 +79,12 @@ def is_special(use: OptimizerSettings, trainable: Trainable, name: str) -> bool:
     return use.kind == "adamw_8bit" and size >= SMALLEST_8BIT
 
 
+def check_optimizer(kind: Kind) -> None:
+    """Refuse what is not installed, before a large model is loaded."""
+    if kind == "adamw_8bit":
+        import_bitsandbytes()
+
+
 def import_bitsandbytes() -> Any:
     try:
         import bitsandbytes

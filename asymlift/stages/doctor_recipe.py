@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from asymlift.stages.doctor_check import Check, gib
 
@@ -17,19 +17,25 @@ Look = Callable[[], Iterator[Check]]
 def looks(recipe: Recipe | None) -> list[tuple[str, Look]]:
     """Without a recipe only the usual backbone of LPIPS is looked for."""
     if recipe is None:
-        return [("perceptual weights", lambda: perceptual_weights("vgg", None))]
+        return [("perceptual weights", lambda: perceptual_weights("vgg", None, "warn"))]
     found: list[tuple[str, Look]] = [
         ("base model", lambda: base_model(recipe)),
         ("training data", lambda: training_data(recipe)),
+        ("validation data", lambda: validation_data(recipe)),
         ("run folder", lambda: run_folder(recipe)),
+        ("asked for", lambda: asked_for(recipe)),
     ]
     net = recipe.finetune.loss.perceptual
     if net is not None and net.net != "embedded" and net.weights != "random":
-        found.append(("perceptual weights", lambda: perceptual_weights(net.net, net.weights)))
+        found.append(
+            ("perceptual weights", lambda: perceptual_weights(net.net, net.weights, "fail"))
+        )
     return found
 
 
-def perceptual_weights(net: str, weights: str | None) -> Iterator[Check]:
+def perceptual_weights(
+    net: str, weights: str | None, without: Literal["warn", "fail"]
+) -> Iterator[Check]:
     from asymlift.model.perceptual import backbone_path
 
     path = backbone_path(net, weights)
@@ -38,7 +44,7 @@ def perceptual_weights(net: str, weights: str | None) -> Iterator[Check]:
     else:
         yield Check(
             "perceptual weights",
-            "warn",
+            without,
             f"{path} is not there",
             "for finetune.loss.perceptual",
             "put torchvision's file there or name it in the recipe; the demo brings its own",
@@ -55,20 +61,39 @@ def base_model(recipe: Recipe) -> Iterator[Check]:
 
 
 def training_data(recipe: Recipe) -> Iterator[Check]:
-    """Whether all that is named is there; nothing is read."""
-    from asymlift.data.catalog import expand
-
     if recipe.data.mode == "stream":
         yield Check("training data", "ok", "streamed: it is looked at while training")
         return
-    named = expand(recipe.data.train)
-    sources = [*named.shards, *named.listings]
+    yield named("training data", "data.train", recipe.data.train)
+
+
+def validation_data(recipe: Recipe) -> Iterator[Check]:
+    if recipe.data.validation is not None:
+        yield named("validation data", "data.validation", recipe.data.validation)
+
+
+def named(name: str, key: str, patterns: str | list[str]) -> Check:
+    """Whether all that is named is there; nothing is read."""
+    from asymlift.data.catalog import expand
+
+    found = expand(patterns)
+    sources = [*found.shards, *found.listings]
     gone = [source for source in sources if not source.exists()]
     if gone:
-        found = f"{len(gone)} of {len(sources)} are not there: {gone[0]}"
-        yield Check("training data", "fail", found, "", "check data.train, or run `prepare`")
-    else:
-        yield Check("training data", "ok", f"{len(sources)} sources, the first is {sources[0]}")
+        said = f"{len(gone)} of {len(sources)} are not there: {gone[0]}"
+        return Check(name, "fail", said, "", f"check {key}, or run `prepare`")
+    return Check(name, "ok", f"{len(sources)} sources, the first is {sources[0]}")
+
+
+def asked_for(recipe: Recipe) -> Iterator[Check]:
+    """What `finetune` refuses to start without."""
+    from asymlift.stages.finetune_start import check_packages
+    from asymlift.stages.preview import read_prompts
+
+    check_packages(recipe.finetune)
+    if recipe.finetune.preview is not None:
+        read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
+    yield Check("asked for", "ok", "packages and prompts of this recipe are there")
 
 
 def run_folder(recipe: Recipe) -> Iterator[Check]:

@@ -38,7 +38,6 @@ from asymlift.runtime.optimizers import OptimizerSettings
 from asymlift.runtime.shared_folder import check_shared
 from asymlift.runtime.signals import StopRequest, stop_requests
 from asymlift.runtime.tables import show_table
-from asymlift.runtime.trackers import check_trackers
 from asymlift.runtime.watchdog import MARGIN, watched
 from asymlift.stages.finetune_data import Encoders, check_sample, open_training_data
 from asymlift.stages.finetune_journal import Journal
@@ -52,7 +51,7 @@ from asymlift.stages.finetune_resume import (
     recipe_facts,
     restored_rows,
 )
-from asymlift.stages.finetune_start import Start, accumulation_for, locked
+from asymlift.stages.finetune_start import Start, accumulation_for, check_packages, locked
 from asymlift.stages.finetune_state import TrainingState
 from asymlift.stages.finetune_step import Trainer
 from asymlift.stages.finetune_validation import Validation
@@ -96,7 +95,7 @@ def finetune(
         locked(recipe.run_folder, ranks),
     ):
         check_shared(recipe.run_folder, ranks)
-        dist.first_does(ranks, lambda: check_trackers(settings.trackers))
+        dist.first_does(ranks, lambda: check_packages(settings))
         dist.first_does(ranks, lambda: record_start(recipe, "finetune"))
         found = find_checkpoint(checkpoints_path(recipe), start.resume, ranks)
         if found is not None and is_finished(recipe, found, ranks):

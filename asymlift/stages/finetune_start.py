@@ -10,6 +10,8 @@ from asymlift.errors import BadRecipe
 from asymlift.recipe import FinetuneSection
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
+from asymlift.runtime.optimizers import check_optimizer
+from asymlift.runtime.trackers import check_trackers
 
 AUTO, NONE = "auto", "none"  # what --resume takes beside a path
 
@@ -21,6 +23,12 @@ class Start:
     resume: str = AUTO  # or `none`, or the path of a checkpoint
     allow_changes: bool = False  # go on also where the recipe trains something else by now
     rehearse: bool | None = None  # None: on a GPU
+
+
+def check_packages(settings: FinetuneSection) -> None:
+    """Refuse what asks for a package that is not installed."""
+    check_trackers(settings.trackers)
+    check_optimizer(settings.optimizer.kind)
 
 
 def accumulation_for(settings: FinetuneSection, ranks: Ranks) -> int:

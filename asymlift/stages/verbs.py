@@ -20,11 +20,10 @@ from asymlift.report.basis_report import BasisReport
 from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
 from asymlift.runtime.signals import stop_requests
-from asymlift.runtime.trackers import check_trackers
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
 from asymlift.stages.finetune import FinetuneReport, finetune
 from asymlift.stages.finetune_resume import chosen_checkpoint
-from asymlift.stages.finetune_start import AUTO, Start, accumulation_for
+from asymlift.stages.finetune_start import AUTO, Start, accumulation_for, check_packages
 from asymlift.stages.fit_basis import FitPlan, fit_basis
 from asymlift.stages.locate import (
     base_folder,
@@ -247,7 +246,7 @@ def run_finetune(recipe: Recipe, start: Start | None = None) -> FinetuneReport:
 def check_finetune(recipe: Recipe, resume: str = AUTO) -> dict[str, Any]:
     ranks = dist.discover()
     accumulation = accumulation_for(recipe.finetune, ranks)
-    check_trackers(recipe.finetune.trackers)
+    check_packages(recipe.finetune)
     if recipe.finetune.preview is not None:
         read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
     found = chosen_checkpoint(checkpoints_path(recipe), resume)

@@ -15,6 +15,7 @@ from asymlift.runtime.optimizers import (
     OptimizerSettings,
     begin_state,
     build_optimizer,
+    check_optimizer,
     is_special,
 )
 from asymlift.runtime.parameters import Trainable
@@ -94,6 +95,9 @@ def test_small_tensors_are_not_stored_in_8_bits():
 
 def test_without_bitsandbytes_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    check_optimizer("adamw")
+    with pytest.raises(Unavailable, match="adamw_8bit needs bitsandbytes"):
+        check_optimizer("adamw_8bit")
     with pytest.raises(Unavailable, match=r'pip install "asymlift\[adamw8bit\]", or use') as said:
         build_optimizer(settings("adamw_8bit"), some(), CPU)
     assert said.value.exit == Exit.UNAVAILABLE

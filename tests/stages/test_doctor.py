@@ -260,14 +260,21 @@ def test_what_a_recipe_names_is_looked_for(tmp_path):
     assert checks["training data"].found == f"1 sources, the first is {tmp_path / 'a.tar'}"
     assert "GiB free" in checks["run folder"].found
     assert checks["perceptual weights"].found == f"{tmp_path / 'gone.pth'} is not there"
+    assert checks["perceptual weights"].status == "fail"
+    assert checks["asked for"].status == "ok"
+    assert "validation data" not in checks
     assert not (tmp_path / "runs").exists()
 
     values["model"] = {"base": str(tmp_path / "none")}
-    values["data"] = {"train": str(tmp_path / "{a,b}.tar")}
+    values["data"] = {"train": str(tmp_path / "{a,b}.tar"), "validation": str(tmp_path / "c.tar")}
+    values["finetune"] = {"preview": {"prompts": str(tmp_path / "none.txt")}}
     checks = found()
+    assert "none.txt is no file" in checks["asked for"].found
+    assert "c.tar" in checks["validation data"].found
     assert "no such folder" in checks["base model"].found
     assert checks["training data"].found == f"1 of 2 are not there: {tmp_path / 'b.tar'}"
     assert {checks[name].status for name in ("base model", "training data")} == {"fail"}
+    assert {checks[name].status for name in ("validation data", "asked for")} == {"fail"}
 
     values["data"] = {"train": "pipe:cat x", "mode": "stream"}
     assert "streamed" in found()["training data"].found
