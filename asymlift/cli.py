@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import typer.core
 
 from asymlift import __version__
 from asymlift.errors import Exit, StoppedEarly, UserError
@@ -19,8 +20,28 @@ from asymlift.redact import redacted, redacted_values
 from asymlift.runtime import log
 from asymlift.runtime.signals import raising_on_signals
 
+UsageError: Any = typer.BadParameter.__base__  # typer shows no other name for it
+
+
+class Commands(typer.core.TyperGroup):
+    """All commands; with --json, wrong use is one document too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["as_json"] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            if ctx.meta["as_json"]:
+                log.print_json({"error": error.format_message(), "exit": int(Exit.USAGE)})
+            raise
+
+
 app = typer.Typer(
     name="asymlift",
+    cls=Commands,
     help="Turn a latent flow image model into a pixel-space model that beats it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a traceback is ours to show: see `main`

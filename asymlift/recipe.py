@@ -524,6 +524,8 @@ def readable(error: ValidationError, source: str) -> Iterator[str]:
             yield f"{source}: `{where}` is missing"
         else:
             said = mistake["msg"].removeprefix("Value error, ")
+            if mistake["type"] == "model_type":  # pydantic's own words name our classes
+                said = "input should be a section: keys with values"
             given = mistake["input"]
             shown = "" if isinstance(given, dict | BaseModel) else f" (given: {given!r})"
             yield f"{source}: {where + ': ' if where else ''}{said[0].lower()}{said[1:]}{shown}"

@@ -92,7 +92,7 @@ def test_a_base_that_is_not_there_is_not_downloaded(fresh_recipe):
 
     assert result.exit_code == Exit.UNAVAILABLE
     assert "Nothing is downloaded unasked" in result.output
-    assert "hf download org/model" in result.output
+    assert "hf download OWNER/NAME --local-dir org/model" in result.output
 
 
 def test_an_embedded_model_that_does_not_exist_names_those_that_do(fresh_recipe):
@@ -138,6 +138,12 @@ def test_errors_are_json_too(fresh_recipe):
     document = json.loads(result.stdout)
     assert document["exit"] == Exit.UNAVAILABLE
     assert "run `asymlift fit-basis`" in document["error"]
+
+    wrong = run("plan", fresh_recipe, "--gpus", "x", "--json")
+    assert wrong.exit_code == Exit.USAGE
+    document = json.loads(wrong.stdout)
+    assert document["exit"] == Exit.USAGE
+    assert "'--gpus'" in document["error"]
 
 
 def test_running_a_finished_stage_again_says_so(recipe):

@@ -46,6 +46,10 @@ def test_a_minimal_recipe_has_the_published_constants(recipe_file):
         ("finetune.steps=1:30", "finetune.steps: input should be a valid integer (given: '1:30')"),
         ("sample.clamp=yes", "sample.clamp: input should be a valid boolean (given: 'yes')"),
         ("finetune.optimizer.lr=abc", "finetune.optimizer.lr: input should be a valid number"),
+        (
+            "finetune.preview=true",
+            "preview: input should be a section: keys with values (given: True)",
+        ),
         ("finetune.loss.perceptual.net=vg", "input should be 'vgg', 'alex', 'squeeze' or"),
         ("finetune.loss.perceptual={net: embedded, weights: x}", "brings its own weights"),
         ("finetune.batch=3", "batch 3 is not a multiple of micro_batch 8"),

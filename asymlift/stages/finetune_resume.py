@@ -140,6 +140,12 @@ def chosen_checkpoint(checkpoints: Path, resume: str) -> Checkpoint | None:
             f"--resume {resume}: there is no such checkpoint; give a folder such as "
             f"{checkpoints / 'step-000250'}, or auto"
         )
+    inside = steps_on_disk(folder / checkpoints.name) or steps_on_disk(folder)
+    if inside:
+        raise BadData(
+            f"--resume {resume}: holds checkpoints, and is none; give one of them, such as "
+            f"step-{inside[0]:06d}"
+        )
     found = open_checkpoint(folder)
     own = folder.resolve().parent == checkpoints.resolve()
     lost = [step for step in steps if step > found.step] if own else steps

@@ -26,7 +26,7 @@ def base_folder(recipe: Recipe) -> Path:
     if not path.is_dir():
         raise Unavailable(
             f"model.base: {name}: no such folder. Nothing is downloaded unasked: fetch it first, "
-            f"with `hf download {name} --local-dir FOLDER`, and name the folder"
+            f"with `hf download OWNER/NAME --local-dir {name}`, or name the folder it is in"
         )
     return path
 

@@ -296,6 +296,9 @@ def test_a_path_that_is_not_there_is_never_a_fresh_start(tmp_path):
         chosen_checkpoint(tmp_path, str(tmp_path / "step-000007"))
     assert caught.value.exit == Exit.BAD_DATA
     assert "there is no such checkpoint; give a folder such as" in str(caught.value)
+    saved(tmp_path / "other" / tmp_path.name, 5)
+    with pytest.raises(BadData, match="give one of them, such as step-000005"):
+        chosen_checkpoint(tmp_path, str(tmp_path / "other"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadData, match=r"there is no manifest\.json"):
         chosen_checkpoint(tmp_path, str(tmp_path / "empty"))
