@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -18,6 +19,7 @@ from asymlift.errors import Exit, StoppedEarly, UserError
 from asymlift.recipe import Recipe, load_recipe
 from asymlift.redact import redacted, redacted_values
 from asymlift.runtime import log
+from asymlift.runtime.launch import ranks_in
 from asymlift.runtime.signals import raising_on_signals
 
 UsageError: Any = typer.BadParameter.__base__  # typer shows no other name for it
@@ -35,7 +37,7 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except UsageError as error:
             if ctx.meta["as_json"]:
-                log.print_json({"error": error.format_message(), "exit": int(Exit.USAGE)})
+                print_error(error.format_message(), Exit.USAGE)
             raise
 
 
@@ -82,8 +84,7 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 raise
             except Exception as error:  # our own mistake: its traceback follows
                 if as_json:
-                    said = f"{type(error).__name__}: {error}"
-                    log.print_json({"error": said, "exit": int(Exit.UNEXPECTED)})
+                    print_error(f"{type(error).__name__}: {error}", Exit.UNEXPECTED)
                 raise
 
         return app.command(name)(run)
@@ -91,9 +92,19 @@ def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def print_error(said: str, code: Exit) -> None:
+    """One document, though every rank of a run has failed."""
+    try:
+        first = ranks_in(os.environ).first
+    except UserError:  # that may be what is said
+        first = True
+    if first:
+        log.print_json({"error": said, "exit": int(code)})
+
+
 def fail(error: UserError, *, as_json: bool) -> None:
     if as_json:
-        log.print_json({"error": str(error), "exit": int(error.exit)})
+        print_error(str(error), error.exit)
     sys.stderr.write(f"error: {error}\n")
     raise typer.Exit(int(error.exit))
 

@@ -146,6 +146,19 @@ def test_errors_are_json_too(fresh_recipe):
     assert "'--gpus'" in document["error"]
 
 
+def test_of_several_ranks_that_fail_the_first_alone_prints_json(fresh_recipe, monkeypatch):
+    said = []
+    for rank in "01":
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        result = run("finetune", fresh_recipe, "--set", "finetune.steps=0", "--json")
+        assert result.exit_code == Exit.BAD_RECIPE
+        assert "finetune.steps" in result.stderr
+        said.append(result.stdout)
+    assert json.loads(said[0])["exit"] == Exit.BAD_RECIPE
+    assert said[1] == ""
+
+
 def test_running_a_finished_stage_again_says_so(recipe):
     for command in ("fit-basis", "convert"):
         result = run(command, recipe)
