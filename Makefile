@@ -19,8 +19,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/asymlift demo
 
+# Two at once, of one thread each; what belongs together shares its fixtures.
 test: setup
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
@@ -32,6 +33,9 @@ bench: setup
 	$(BIN)/python benchmarks/fit_basis.py
 	$(BIN)/python benchmarks/convert_memory.py
 	$(BIN)/python benchmarks/data_pipeline.py
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.plan_memory
+	$(BIN)/python -m benchmarks.training_comparison
 
 # Long figures of reliability.
 chaos: setup
