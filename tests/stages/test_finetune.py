@@ -133,7 +133,7 @@ def test_training_lowers_the_loss_and_follows_the_schedule(alone):
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_stopped_killed_and_resumed_it_ends_with_the_same_bytes(recipe, pair, stage):
     """SIGTERM to one rank in step 2, kill -9 of another in step 6, then to the end."""
-    job = [another_run(recipe, f"hunted-{stage}"), f"finetune.zero.stage={stage}", *LORA]
+    job = [another_run(recipe, f"hunted-{stage}"), f"finetune.zero.stage={stage}", *UNCLIPPED]
 
     _, codes, said = drive(recipe, [job], ranks=2, send="1 1 SIGTERM")
     assert codes == [Exit.RESUMABLE] * 2, said
