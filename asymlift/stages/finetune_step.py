@@ -28,6 +28,8 @@ from asymlift.stages.finetune_diagnostics import add, figures, on_host, over_ran
 from asymlift.stages.finetune_guard import Guard
 from asymlift.stages.finetune_ledger import Ledger
 
+ASKING = "ranks that are asked to stop"
+
 
 @dataclass(frozen=True)
 class Read:
@@ -35,7 +37,6 @@ class Read:
 
     samples: StepSamples
     num_good: int  # of all ranks
-    asked_to_stop: bool  # any rank
     seconds: float  # that this rank waited
 
 
@@ -69,8 +70,8 @@ class Trainer:
         """Train on one global batch; returns what is logged, and why to stop, if anybody asked."""
         started, settings = time.monotonic(), self.settings
         watch.at(step + 1, "reading data")
-        read = self.read(step, feed, request)
-        sums = self.gradients(step, read.samples, read.num_good)
+        read = self.read(step, feed)
+        sums = self.gradients(step, read.samples, read.num_good, request)
         watch.at(step + 1, "updating the weights")
         skipped = self.engine.num_skipped
         # Without a sample there is no gradient, and what came before must not move the weights.
@@ -80,7 +81,8 @@ class Trainer:
             self.rates(rate), clip.norm if clip and step >= clip.from_step else 0.0
         )
         applied = self.engine.num_skipped == skipped
-        told = figures(on_host(sums), read.num_good)
+        numbers = on_host(sums)
+        told = figures(numbers, read.num_good)
         if self.guard.passes(step, told["loss"], norm, applied, keys_of(read.samples)):
             self.num_updates += 1
             self.average()
@@ -95,10 +97,10 @@ class Trainer:
             "seconds": round(time.monotonic() - started, 4),
             "seconds_waiting_for_data": round(read.seconds, 4),
         }
-        reason = (request.reason or "another rank") if read.asked_to_stop else None
-        return logged, reason
+        asked = sum(numbers[ASKING]) > 0
+        return logged, (request.reason or "another rank") if asked else None
 
-    def read(self, step: int, feed: Feed, request: StopRequest) -> Read:
+    def read(self, step: int, feed: Feed) -> Read:
         """Wait for the samples, and agree with the other ranks on what there is."""
         started = time.monotonic()
         samples, failure = StepSamples(0), None
@@ -110,17 +112,19 @@ class Trainer:
         num_good = sum(sample is not None for micro in samples.micro_batches for sample in micro)
         num_bad = sum(fault.count for fault in samples.faults)
         counts = torch.tensor(
-            [num_good, num_bad, request.reason is not None, failure is not None],
+            [num_good, num_bad, failure is not None],
             dtype=torch.float64,
             device=self.maker.device,
         )
-        num_good, num_bad, num_asking, num_failed = (int(n) for n in dist.summed(counts).tolist())
+        num_good, num_bad, num_failed = (int(n) for n in dist.summed(counts).tolist())
         if num_failed:
             dist.share_error(self.ranks, failure)
         self.ledger.note(samples.faults, num_good, num_bad)
-        return Read(samples, num_good, num_asking > 0, waited)
+        return Read(samples, num_good, waited)
 
-    def gradients(self, step: int, read: StepSamples, num_good: int) -> dict[str, Tensor]:
+    def gradients(
+        self, step: int, read: StepSamples, num_good: int, request: StopRequest
+    ) -> dict[str, Tensor]:
         """Forward and backward of every micro-batch; the sums, over all ranks, of what is logged.
 
         Nothing here waits for the device.
@@ -143,6 +147,9 @@ class Trainer:
             add(sums, self.engine.forward_backward(batch, scale))
             if number < len(self.share) - 1:
                 self.engine.micro_step_done()
+        # As late as the ranks can agree on it: steps are long, and who asks does not wait for long.
+        asking = request.reason is not None
+        sums[ASKING] = torch.full((1,), float(asking), device=self.maker.device)
         return over_ranks(sums)
 
     def measures(self, step: int, num_good: int) -> bool:

@@ -36,9 +36,9 @@ def send_signals(ranks: dist.Ranks) -> None:
     rank, step, number = os.environ["SEND"].split()
     gradients = Trainer.gradients
 
-    def then_signal(trainer: Trainer, at: int, read: Any, num_good: int) -> dict[str, float]:
-        means = gradients(trainer, at, read, num_good)
-        if ranks.rank == int(rank) and at == int(step) and num_good:
+    def then_signal(trainer: Trainer, at: int, *rest: Any) -> Any:
+        means = gradients(trainer, at, *rest)
+        if ranks.rank == int(rank) and at == int(step):
             os.kill(os.getpid(), getattr(signal, number))
         return means
 

@@ -67,6 +67,13 @@ def test_a_step_tells_the_same_on_two_ranks_at_any_stage(alone, pair):
             ]
 
 
+def test_a_request_to_stop_counts_in_the_step_that_it_comes_in(alone, pair):
+    """The step may take longer than whoever asks waits."""
+    assert alone["0"]["stops"][:4] == [None, None, "SIGTERM", "SIGTERM"]
+    for rank, said in zip(pair, ("another rank", "SIGTERM"), strict=True):
+        assert rank["3"]["stops"][:4] == [None, None, said, said]
+
+
 def test_what_a_step_tells(alone):
     for step in GOOD:
         told = alone["0"]["told"][step]

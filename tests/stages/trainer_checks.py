@@ -36,6 +36,7 @@ STRICT = {
 }
 GRID, BATCH, MICRO = (2, 3), 4, 2
 COLOR = ColorCode("rgb", (0.5, 0.4, 0.6), 0.3)
+ASKED_IN = 2  # step, counted from 0
 LEVELS = (0.95, 0.7, 0.01, 0.02)  # of every step: the reference corrects none of the last two
 
 
@@ -126,12 +127,25 @@ def check(stage: int, ranks: Ranks, folder: Path) -> dict[str, Any]:
     trainer, request = trainer_for(stage, ranks, folder), StopRequest()
     data: Any = trainer.training
     data.broken = {3, 5, 6}
+    draw = trainer.maker.draw_sigma
+
+    def drawing(place: Place, size: tuple[int, int]) -> torch.Tensor:
+        """The last rank is asked to stop while the gradients of a step are made."""
+        if place.slots[0] // BATCH == ASKED_IN and ranks.rank == ranks.world - 1:
+            request.reason = "SIGTERM"
+        return draw(place, size)
+
+    trainer.maker.draw_sigma = drawing
     told: list[Any] = []
+    stops: list[str | None] = []
     try:
         for step in range(8):
-            told.append(trainer.take(step, data, request)[0])
+            line, stop = trainer.take(step, data, request)
+            told.append(line)
+            stops.append(stop)
     except BadData as error:
-        return {"told": told, "ended": str(error), "updates": trainer.num_updates}
+        ended = {"ended": str(error), "updates": trainer.num_updates}
+        return {"told": told, "stops": stops, **ended}
     return {"told": told}
 
 
