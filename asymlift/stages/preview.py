@@ -13,7 +13,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
-from asymlift.artifacts.files import write_bytes_atomically
+from asymlift.artifacts.files import write_bytes_atomically, writing
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.artifacts.parsing import read_small
@@ -237,10 +237,11 @@ class Previews:
 
     def write_row(self, name: str, images: Tensor) -> None:
         folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images.cpu()):
-            write_bytes_atomically(folder / f"{number:04d}.png", encode_png(image))
-        write_bytes_atomically(folder / "index.json", canonical_json(self.facts()))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(images.cpu()):
+                write_bytes_atomically(folder / f"{number:04d}.png", encode_png(image))
+            write_bytes_atomically(folder / "index.json", canonical_json(self.facts()))
 
     def read_row(self, name: str) -> Tensor | None:
         """A row made earlier with the same prompts and settings."""

@@ -22,7 +22,7 @@ from asymlift.data.reader import Reader
 from asymlift.data.records import Sample
 from asymlift.data.writer import write_shard
 from asymlift.embedded.scenes import caption, make_scenes
-from asymlift.errors import BadData, BadRecipe, Exit, StoppedEarly
+from asymlift.errors import BadData, BadRecipe, CannotWrite, Exit, StoppedEarly
 from asymlift.recipe import load_recipe
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
@@ -281,6 +281,15 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused(recipe):
     overrides = [another_run(recipe, "odd"), preview, "sample.height=30"]
 
     with pytest.raises(BadRecipe, match=r"sample\.height 30: .* multiples of 8"):
+        finetune(load_recipe(recipe, overrides), ALONE)
+
+
+def test_pictures_that_cannot_be_written_before_the_first_step_end_it(recipe):
+    preview = "finetune.preview={every: 2, prompts: [a red disc], steps: 2}"
+    overrides = [another_run(recipe, "unwritable"), preview]
+    (recipe.parent / "unwritable" / "samples").touch()  # a file where a folder should be
+
+    with pytest.raises(CannotWrite, match="samples/base: cannot write here"):
         finetune(load_recipe(recipe, overrides), ALONE)
 
 
