@@ -15,6 +15,7 @@ from asymlift.report.html import drawing, page, paragraph, picture, side_by_side
 from asymlift.report.pictures import for_page
 from asymlift.report.training_figures import FIGURES, Figure
 
+MOST_POINTS = 200  # of a curve
 RECENT = 100  # steps whose median is the speed
 WIDE, NARROW, MOST_OLDER = 1600, 480, 6  # pixels of the newest preview and of older ones
 Line = Mapping[str, Any]
@@ -67,7 +68,7 @@ def state_of(run: TrainingRun, written: str) -> str:
         *([("to go", duration(last["seconds_to_go"]))] if last.get("seconds_to_go") else []),
         ("samples", f"{last['samples']:,}"),
         ("epochs", last["epoch"]),
-        ("loss", last["loss"]),
+        ("loss of the last step", last["loss"]),
         *validation_rows(run.metrics),
         ("seconds per step", median([line["seconds"] for line in recent])),
         ("of them waiting for data", median([line["seconds_waiting_for_data"] for line in recent])),
@@ -123,10 +124,13 @@ def curve_sections(metrics: Sequence[Line]) -> list[tuple[str, str]]:
     """The figures that the run has something for, each with what good looks like."""
     sections = []
     for figure in FIGURES:
-        series = {name: smooth(points) for name, points in drawn_in(figure, metrics)}
-        if series:
+        drawn = dict(drawn_in(figure, metrics))
+        if drawn:
+            series = {name: smooth(points) for name, points in drawn.items()}
             chart = line_chart(series, "step", figure.title, log_y=figure.log)
-            sections.append((figure.title.capitalize(), drawing(chart, figure.meaning)))
+            longest = stretch(max(map(len, drawn.values())))
+            note = f" Every point is the mean of up to {longest} values." if longest > 1 else ""
+            sections.append((figure.title.capitalize(), drawing(chart, figure.meaning + note)))
     return sections
 
 
@@ -153,9 +157,14 @@ def curve(metrics: Sequence[Line], key: str) -> Points:
     return [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
 
 
-def smooth(points: Points, most: int = 200) -> Points:
+def stretch(count: int, most: int = MOST_POINTS) -> int:
+    """So many values share a point."""
+    return -(-count // most)
+
+
+def smooth(points: Points, most: int = MOST_POINTS) -> Points:
     """At most so many points: means over equal stretches."""
-    width = -(-len(points) // most)
+    width = stretch(len(points), most)
     parts = [points[i : i + width] for i in range(0, len(points), width)] if width else []
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
 

@@ -73,7 +73,7 @@ def test_the_state_is_the_last_line_the_usual_speed_and_the_way_of_the_validatio
         ("to go", "2 h 30 min"),
         ("samples", "4,000"),
         ("epochs", "0.500"),
-        ("loss", "0.200"),
+        ("loss of the last step", "0.200"),
         ("validation loss, first", "4 (step 0)"),
         ("validation loss, best", "1 (step 2)"),
         ("validation loss, last", "2 (step 4)"),
@@ -210,6 +210,12 @@ def test_long_curves_are_means_over_equal_stretches(count):
     assert sum(y * n for (_, y), n in zip(smoothed, lengths, strict=True)) == pytest.approx(
         sum(y for _, y in points)
     )
+
+
+@pytest.mark.parametrize(("count", "said"), [(200, ""), (600, "mean of up to 3 values")])
+def test_a_figure_says_what_its_points_are_means_of(count, said):
+    html = "".join(body for _, body in curve_sections([line(n) for n in range(1, count + 1)]))
+    assert (said in html) if said else ("Every point is" not in html)
 
 
 # ---- previews ----------------------------------------------------------------------------------
