@@ -282,6 +282,7 @@ class Run:
                 yield box[0] if box else None
             except UserError as ending:
                 watch.ends()
+                keep_line(self.log, str(ending))
                 for journal in box:
                     journal.write_page(str(ending).splitlines()[0])
                 raise
@@ -398,9 +399,11 @@ class Run:
 
     def announce(self, begin: int) -> None:
         settings = self.settings
-        say(
+        said = (
             f"finetune {self.recipe.name}: {self.trainable.num_parameters:,} parameters train, "
             f"{settings.steps} steps of {settings.batch} ({self.training.about()}), "
             f"{self.ranks.world} rank(s) x {settings.micro_batch} x {self.accumulation}, "
             f"{self.engine.about}, {settings.precision}"
         )
+        say(said)
+        keep_line(self.log, said)

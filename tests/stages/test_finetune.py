@@ -262,7 +262,11 @@ def test_too_many_bad_samples_end_the_run_with_their_names(recipe, tmp_path):
     with pytest.raises(BadData, match=r"samples are bad, more than data\.max_bad_fraction 0\.003"):
         finetune(load_recipe(recipe, overrides), ALONE)
 
-    [log] = (recipe.parent / "bad-data" / "logs").glob("skipped-*.jsonl")
+    logs = recipe.parent / "bad-data" / "logs"
+    told = (logs / "rank-0.log").read_text()  # how it began, and how it ended
+    assert "parameters train, 8 steps of 8" in told
+    assert "samples are bad" in told
+    [log] = logs.glob("skipped-*.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert all("000000.tar!" in line["sample"] for line in lines)
     assert {line["reason"] for line in lines} == {"changed since it was indexed"}
