@@ -339,7 +339,7 @@ def sample(
 def plan(
     recipe: RecipeFile,
     gpus: Annotated[int, typer.Option(min=1, help="On how many, of all nodes together.")] = 8,
-    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB, of each.")] = 80,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, max=10_000, help="GiB, of each.")] = 80,
     overrides: Overrides = [],
     dry_run: DryRun = False,
     as_json: AsJson = False,

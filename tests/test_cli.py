@@ -64,6 +64,7 @@ def test_what_deepspeed_puts_before_every_command_is_accepted_and_not_shown():
         (["convert"], Exit.USAGE, "Missing argument"),
         (["inspect", "nowhere"], Exit.BAD_DATA, "nowhere: there is no such file or folder"),
         (["sample", "x.yaml", "--num", "0"], Exit.USAGE, "--num"),
+        (["plan", "x.yaml", "--gpu-memory", "inf"], Exit.USAGE, "--gpu-memory"),
         (["verify", "nowhere"], Exit.BAD_DATA, "nowhere: there is no such file or folder"),
     ],
 )
