@@ -12,7 +12,7 @@ from pathlib import Path
 from asymlift.errors import CannotWrite
 
 REFUSALS = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     errno.ELOOP,  # a link where none is followed
 }
 CHUNK = 1 << 22  # 4 MiB: above that, reading and hashing get no faster

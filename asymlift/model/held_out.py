@@ -23,16 +23,17 @@ def held_out_losses(
     text: Text,
     grid: tuple[int, int],
 ) -> dict[str, Tensor]:
-    """(B,) of each term that the model is trained with; weights and clamps are the training's.
+    """(B,) of each term that the model is trained with; the clamps are the training's.
 
-    The control variate changes with the student, so what it takes off would hide what is learnt.
+    Unweighted, so that a curve goes on where a recipe changes its weights. The control variate
+    changes with the student, so what it takes off would hide what is learnt.
     """
     use, student, measure = step.constants, step.student, step.perceptual[0]
     with torch.autocast(x0.device.type, enabled=False):
         x_t = mix(x0, eps, sigma)
         u = student(x_t, sigma, text, grid, floor=use.student_floor)
         x0_hat = clean_from_velocity(x_t, u, sigma)
-        flow = flow_loss(x0_hat, x0, sigma, weight=use.weight, sigma_clamp=use.sigma_clamp)
+        flow = flow_loss(x0_hat, x0, sigma, weight=1.0, sigma_clamp=use.sigma_clamp)
         if measure is None:
             return {FLOW: flow}
         perceptual = perceptual_loss(
@@ -42,7 +43,7 @@ def held_out_losses(
             sigma,
             grid,
             student.geometry.pixel_patch,
-            weight=use.perceptual_weight,
+            weight=1.0,
             sigma_clamp=use.sigma_clamp,
         )
         return {FLOW: flow, PERCEPTUAL: perceptual}

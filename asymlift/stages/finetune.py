@@ -212,6 +212,8 @@ class Run:
         if start.rehearse or (start.rehearse is None and self.device.type == "cuda"):
             self.rehearse(begin)
         if found is not None:
+            if self.previews is not None:  # as long as the weights are those of the lifted model
+                self.previews.keep_lifted(self.step_module.student)
             self.resume(found, changes)
         if self.ranks.first:
             self.announce(begin)

@@ -122,7 +122,7 @@ class Previews:
         self.lifted, self.family, self.ranks, self.device = lifted, family, ranks, device
         self.canvas, self.batch = canvas_of(recipe, lifted, family), recipe.sample.batch
         self.texts, self.null_text = encoders.for_all(self.prompts), encoders.null_text
-        self.folder, self.told = recipe.run_folder / "samples", False
+        self.folder = recipe.run_folder / "samples"
         if dist.first_does(ranks, lambda: self.read_row(BASE) is None):
             self.draw_base(recipe)
 
@@ -169,6 +169,13 @@ class Previews:
         if step == 0:
             self.keep(LIFTED, images)
         dist.first_does(self.ranks, lambda: self.write_or_tell(step, images))
+
+    @torch.no_grad()
+    def keep_lifted(self, flow: PixelFlow) -> None:
+        """The row of the model as converted, where a run that goes on has none of these prompts."""
+        if dist.first_does(self.ranks, lambda: self.read_row(LIFTED) is None):
+            with evaluating(flow):
+                self.keep(LIFTED, self.drawn_by_all(pixel_painter(flow, self.lifted, self.canvas)))
 
     @torch.no_grad()
     def rehearse(self, flow: PixelFlow) -> None:
@@ -225,9 +232,6 @@ class Previews:
         shown = [(label, row) for label, row in rows.items() if row is not None]
         if step > 0:
             shown.append((f"step {step}", images.cpu()))
-            if rows["lifted"] is None and not self.told:
-                self.told = True
-                warn("previews without the row of the lifted model: it is drawn at step 0 alone")
         scale = max(1, SMALLEST_SIDE // min(self.canvas.height, self.canvas.width))
         grid = grid_png([(label, image_to_float(row)) for label, row in shown], scale)
         write_bytes_atomically(self.grid(step), grid)

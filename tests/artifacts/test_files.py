@@ -80,6 +80,13 @@ def test_a_full_disk_is_an_error_that_says_where_and_how_much_is_free(tmp_path, 
         write_bytes_atomically(tmp_path / "file", b"data")
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(CannotWrite, match=r"taken: cannot write here \(Is a directory\)"):
+        (tmp_path / "taken").mkdir()
+        with files.writing(tmp_path):
+            (tmp_path / "taken").write_bytes(b"x")
+
+
 def test_sizes_are_readable():
     assert [human_bytes(n) for n in (5, 1536, 3 * 2**30, 2**42)] == [
         "5 bytes",
