@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from asymlift.artifacts.checkpoint import Checkpoint, step_folder
+from asymlift.artifacts.files import plural
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import digest_json
 from asymlift.data.feed import Feed
@@ -33,14 +34,16 @@ from asymlift.runtime.log import (
     kept_warnings,
     progress,
     say,
+    warn,
 )
+from asymlift.runtime.metrics import read_metrics
 from asymlift.runtime.optimizers import OptimizerSettings
 from asymlift.runtime.shared_folder import check_shared
 from asymlift.runtime.signals import StopRequest, stop_requests
 from asymlift.runtime.tables import show_table
 from asymlift.runtime.watchdog import MARGIN, watched
 from asymlift.stages.finetune_data import Encoders, check_sample, open_training_data
-from asymlift.stages.finetune_journal import Journal
+from asymlift.stages.finetune_journal import METRICS, Journal
 from asymlift.stages.finetune_ledger import Ledger, by_reason, read_skipped
 from asymlift.stages.finetune_memory import explaining_memory, resident
 from asymlift.stages.finetune_model import adapters_of, build_step
@@ -99,7 +102,7 @@ def finetune(
         dist.first_does(ranks, lambda: record_start(recipe, "finetune"))
         found = find_checkpoint(checkpoints_path(recipe), start.resume, ranks)
         if found is not None and is_finished(recipe, found, ranks):
-            return dist.first_does(ranks, lambda: nothing_left(recipe.run_folder, found))
+            return dist.first_does(ranks, lambda: nothing_left(recipe, found))
         run = Run(recipe, ranks, device, accumulation, zero3 or {})
         with explaining_memory(recipe, ranks, run.resident):
             return run.to_the_end(found, start, request)
@@ -112,8 +115,11 @@ def is_finished(recipe: Recipe, found: Checkpoint, ranks: Ranks) -> bool:
     )
 
 
-def nothing_left(folder: Path, found: Checkpoint) -> FinetuneReport:
+def nothing_left(recipe: Recipe, found: Checkpoint) -> FinetuneReport:
     """The report of a run that had taken all its steps before."""
+    folder = recipe.run_folder
+    if found.step > recipe.finetune.steps:
+        warn(f"finetune.steps is {recipe.finetune.steps}, and {found.step} are taken already")
     return FinetuneReport(
         folder=folder,
         step=found.step,
@@ -409,3 +415,8 @@ class Run:
         )
         say(said)
         keep_line(self.log, said)
+        metrics = self.folder / METRICS
+        taken = [line["step"] for line in read_metrics(metrics)] if metrics.is_file() else []
+        if taken and taken[-1] > begin:
+            lost = taken[-1] - begin
+            say(f"{plural(lost, 'step')} of an earlier start, not saved, will be taken again")

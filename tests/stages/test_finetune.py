@@ -167,10 +167,13 @@ def test_a_checkpoint_is_whole_named_and_portable(recipe, alone):
     assert steps_on_disk(folder.parent) == [8, 6]  # keep: 2
 
 
-def test_a_finished_run_says_so_and_changes_nothing(recipe, alone):
+def test_a_finished_run_says_so_and_changes_nothing(recipe, alone, capfd):
     before = (recipe.parent / "full-2" / "metrics.jsonl").read_bytes()
+    overrides = ["name=full-2", "finetune.zero.stage=2"]
 
-    report = finetune(load_recipe(recipe, ["name=full-2", "finetune.zero.stage=2"]), ALONE)
+    finetune(load_recipe(recipe, [*overrides, "finetune.steps=6"]), ALONE)
+    assert "finetune.steps is 6, and 8 are taken already" in capfd.readouterr().err
+    report = finetune(load_recipe(recipe, overrides), ALONE)
 
     assert (report.step, report.resumed_from, report.last) == (8, 8, {})
     assert (recipe.parent / "full-2" / "metrics.jsonl").read_bytes() == before
@@ -235,6 +238,7 @@ def test_what_may_change_is_said_and_rules(recipe, alone, capfd, monkeypatch):
 def test_a_damaged_newest_checkpoint_is_left_out_loudly(recipe, alone, capfd):
     name = another_run(recipe, "damaged")
     shutil.copytree(recipe.parent / "full-0" / "checkpoints", recipe.parent / "damaged/checkpoints")
+    shutil.copy(recipe.parent / "full-0" / "metrics.jsonl", recipe.parent / "damaged")
     newest = recipe.parent / "damaged/checkpoints/step-000008/trainable.safetensors"
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
@@ -246,6 +250,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_loudly(recipe, alone, capfd):
     said = capfd.readouterr().err
     assert "left out, it is damaged" in said
     assert "trainable.safetensors" in said
+    assert "2 steps of an earlier start, not saved, will be taken again" in said
     whole = recipe.parent / "full-0/checkpoints/step-000008/trainable.safetensors"
     assert newest.read_bytes() == whole.read_bytes()  # the step was taken again
 
