@@ -20,7 +20,13 @@ def no_launcher(monkeypatch):
     monkeypatch.setattr(dist.atexit, "register", lambda call: None)
 
 
-def test_several_ranks_need_an_address_and_a_port():
+@pytest.fixture
+def no_group(monkeypatch):
+    """As in a new process: a finetune in this one may have joined a group."""
+    monkeypatch.setattr(torch.distributed.distributed_c10d._world, "default_pg", None)
+
+
+def test_several_ranks_need_an_address_and_a_port(no_group):
     with pytest.raises(UserError) as caught:
         join(Ranks(1, 2, 1), torch.device("cpu"), timeout=5)
     assert str(caught.value) == (
@@ -32,7 +38,7 @@ def test_several_ranks_need_an_address_and_a_port():
         join(Ranks(1, 2, 1), torch.device("cpu"), timeout=5)
 
 
-def test_ranks_that_do_not_come_are_not_waited_for_longer_than_the_timeout():
+def test_ranks_that_do_not_come_are_not_waited_for_longer_than_the_timeout(no_group):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

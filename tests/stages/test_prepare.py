@@ -990,20 +990,27 @@ def test_wrong_shares_are_refused(options, message, recipe_file):
     assert result.exit_code == 78 and message in result.output
 
 
-def test_a_launcher_gives_each_rank_its_share(monkeypatch):
+@pytest.fixture
+def started_alone(monkeypatch):
+    """A finetune in this process leaves these behind."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_launcher_gives_each_rank_its_share(started_alone, monkeypatch):
     assert share_for(None, None) == Share(0, 1)
     assert share_for(3, 5) == Share(3, 5)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     assert share_for(None, None) == Share(1, 2, together=True)
 
 
 def test_tasks_of_srun_share_the_work_and_one_of_them_speaks(
-    folder, recipe_file, tmp_path, monkeypatch
+    folder, recipe_file, tmp_path, started_alone, monkeypatch
 ):
-    monkeypatch.delenv("RANK", raising=False)  # of a finetune in this process
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
     other = command(recipe_file, "--json")
     assert (other.exit_code, other.stdout) == (0, "")
     monkeypatch.setenv("SLURM_PROCID", "0")
@@ -1012,10 +1019,12 @@ def test_tasks_of_srun_share_the_work_and_one_of_them_speaks(
     assert content(tmp_path / "out") == content(folder / "out")
 
 
-def test_a_share_that_is_given_counts_more_than_the_launcher(recipe_file, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+def test_a_share_that_is_given_counts_more_than_the_launcher(
+    recipe_file, started_alone, monkeypatch
+):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
     part = command(recipe_file, "--json", "--shard-index", 1, "--num-shards", 3)
     assert json.loads(part.stdout)["num_made"] == 1
 
