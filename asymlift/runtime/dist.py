@@ -21,6 +21,9 @@ from asymlift.runtime.launch import Ranks as Ranks  # to everybody else this is 
 
 T = TypeVar("T")
 
+PATIENCE = 6  # times the timeout that ranks wait while one works alone; the watchdog waits less
+talking: td.ProcessGroup | None = None  # what words travel by; None: the one group there is
+
 
 def discover() -> Ranks:
     """Who this process is; the variables that torch and DeepSpeed read are set if others were."""
@@ -68,6 +71,7 @@ def join(ranks: Ranks, device: torch.device, timeout: int) -> None:
     atexit.register(leave)
     if ranks.world > 1 or "MASTER_ADDR" in os.environ:
         join_others(ranks, backend, limit)
+        talk_over_gloo(limit)
         return
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     store = td.HashStore()  # type: ignore[attr-defined]
@@ -91,6 +95,16 @@ def join_others(ranks: Ranks, backend: str, limit: timedelta) -> None:
             f"All ranks have to start within {limit.total_seconds():.0f} s; if another program "
             "uses the port, set MASTER_PORT"
         ) from error
+
+
+def talk_over_gloo(limit: timedelta) -> None:
+    """A second group, for words between ranks.
+
+    One rank may work alone for longer than a collective of training may take, such as at a folder
+    of a million files, and NCCL ends a process whose peers are late.
+    """
+    global talking
+    talking = td.new_group(backend="gloo", timeout=limit * PATIENCE)
 
 
 def leave() -> None:
@@ -124,7 +138,7 @@ def first_does(ranks: Ranks, action: Callable[[], T]) -> T:
             failure = error
     box: list[Any] = [(result, failure and described(failure))]
     if ranks.world > 1:
-        td.broadcast_object_list(box, src=0)
+        td.broadcast_object_list(box, src=0, group=talking)
     made, said = box[0]
     if said is not None:
         raise failure or again(said)
@@ -147,7 +161,7 @@ def share_error(ranks: Ranks, failure: UserError | None) -> None:
     box: list[Any] = [failure and described(failure)]
     if ranks.world > 1:
         box = [None] * ranks.world
-        td.all_gather_object(box, failure and described(failure))
+        td.all_gather_object(box, failure and described(failure), group=talking)
     if failure is not None:
         raise failure
     for said in box:
@@ -159,7 +173,7 @@ def gathered(ranks: Ranks, value: T) -> list[T]:
     """What each rank brings, in the order of ranks, on every rank. Every rank has to call."""
     box: list[Any] = [value] * ranks.world
     if ranks.world > 1:
-        td.all_gather_object(box, value)
+        td.all_gather_object(box, value, group=talking)
     return box
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from asymlift.errors import BadData, Exit, Unavailable, UserError
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks, device_for, first_does, join, summed
 from tests.runtime.test_launch import ALL_NAMES
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +87,34 @@ def test_alone_what_one_rank_does_is_what_all_do():
         with pytest.raises(BadData, match="broken"):
             together(alone, fail)
     dist.share_error(alone, None)
+
+
+ALONE_FOR_LONG = """
+import sys, time
+from pathlib import Path
+import torch
+from asymlift.runtime import dist
+from tests.runtime.forked import Group, run_all
+
+def work(ranks):
+    dist.join(ranks, torch.device("cpu"), 2)
+    made = dist.first_does(ranks, lambda: time.sleep(3) or "made")
+    sys.stderr.write(" ".join(dist.gathered(ranks, f"{made} {ranks.rank}")))
+
+group = Group(Path(sys.argv[1]) / "group", 2, 0, work)
+run_all([group], 30)
+print([(code, said) for code, _, said in group.told()])
+"""
+
+
+def test_ranks_wait_for_what_one_does_alone_for_longer_than_for_a_collective(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE_FOR_LONG, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[(0, 'made 0 made 1'), (0, 'made 0 made 1')]\n", done.stderr
 
 
 def test_an_error_of_another_rank_keeps_its_message_and_its_exit_code():
