@@ -30,15 +30,20 @@ class NoiseLevels:
     def __call__(self, place: Place, size: tuple[int, int]) -> Tensor:
         """The levels of these slots, for pictures of this (height, width): float32, on the host."""
         draw = self.stratified if self.use.stratified else self.independent
-        uniform = torch.stack([draw(place.seed, slot) for slot in place.slots])
-        return self.levels(uniform, self.shift(size)).float()
+        return self.levels(draw(place), self.shift(size)).float()
 
-    def independent(self, seed: int, slot: int) -> Tensor:
-        return torch.rand((), generator=generator(seed, "level", slot), dtype=torch.float64)
+    def independent(self, place: Place) -> Tensor:
+        generators = (generator(place.seed, "level", slot) for slot in place.slots)
+        return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
 
-    def stratified(self, seed: int, slot: int) -> Tensor:
-        step, position = divmod(slot, self.batch)
-        return stratified_draws(self.batch, generator(seed, "levels", step))[position]
+    def stratified(self, place: Place) -> Tensor:
+        """A step's levels are drawn at once, and each slot takes its own."""
+        steps = {slot // self.batch for slot in place.slots}
+        drawn = {
+            step: stratified_draws(self.batch, generator(place.seed, "levels", step))
+            for step in steps
+        }
+        return torch.stack([drawn[slot // self.batch][slot % self.batch] for slot in place.slots])
 
     def shift(self, size: tuple[int, int]) -> float:
         use = self.use

@@ -24,6 +24,7 @@ from asymlift.families.base import Family
 from asymlift.maths.patches import image_to_tokens
 from asymlift.maths.schedule import middles
 from asymlift.model.batch import BatchMaker, Embedding
+from asymlift.model.evaluating import evaluating
 from asymlift.model.held_out import FLOW, PERCEPTUAL, held_out_losses
 from asymlift.model.noise_levels import NoiseLevels
 from asymlift.model.training_step import TrainingStep
@@ -39,7 +40,6 @@ from asymlift.stages.finetune_data import (
     open_exact,
     to_cpu,
 )
-from asymlift.stages.preview import evaluating
 
 NAMED = 3  # samples that a warning names
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as td
-from torch import Tensor, nn
+from torch import Tensor
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import write_bytes_atomically, writing
@@ -21,6 +20,7 @@ from asymlift.data.pictures import decode_image, encode_png, float_to_image, ima
 from asymlift.errors import BadRecipe, CannotWrite, Exit, UserError
 from asymlift.families.base import Family, Text
 from asymlift.families.text import text_to
+from asymlift.model.evaluating import evaluating
 from asymlift.model.loading import load_pipeline_parts, load_transformer
 from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
 from asymlift.model.pixel_flow import LatentFlow, PixelFlow
@@ -266,15 +266,3 @@ class Previews:
             "settings": asdict(self.canvas.settings),
             "lifted": digest_json(self.lifted.facts),
         }
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off inside; each module's own mode comes back afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

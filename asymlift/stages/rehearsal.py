@@ -20,6 +20,7 @@ from asymlift.artifacts.files import human_bytes
 from asymlift.data.records import Sample
 from asymlift.errors import CannotWrite
 from asymlift.model.batch import Place
+from asymlift.model.evaluating import evaluating
 from asymlift.model.training_step import TrainingStep
 from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
@@ -31,7 +32,7 @@ from asymlift.runtime.tables import show_table
 from asymlift.stages.finetune_state import TrainingState
 from asymlift.stages.finetune_step import Trainer
 from asymlift.stages.finetune_validation import Validation
-from asymlift.stages.preview import Previews, evaluating
+from asymlift.stages.preview import Previews
 
 LOW_NOISE = 0.05  # every term of the loss counts there, so none is left out
 LONG = "word " * 1000  # a caption that fills whatever length the encoder takes

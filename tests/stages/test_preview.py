@@ -1,11 +1,9 @@
 """The parts of previews that need no model."""
 
 import pytest
-import torch
-from torch import nn
 
 from asymlift.errors import BadRecipe
-from asymlift.stages.preview import evaluating, read_prompts
+from asymlift.stages.preview import read_prompts
 
 KEY = "finetune.preview.prompts"
 
@@ -28,16 +26,3 @@ def test_prompts_that_are_not_there_are_refused(tmp_path):
         with pytest.raises(BadRecipe) as caught:
             read_prompts(nothing, KEY)
         assert str(caught.value) == f"{KEY}: there are no prompts"
-
-
-def test_dropout_is_off_inside_and_every_modules_own_mode_comes_back():
-    net = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)))
-    net.eval()
-    net[1][0].train()  # as adapters are in a frozen model
-    before = [part.training for part in net.modules()]
-    x = torch.randn(8, 4)
-    with pytest.raises(RuntimeError), evaluating(net):
-        assert torch.equal(net(x), net(x))
-        raise RuntimeError
-    assert [part.training for part in net.modules()] == before == [False, False, False, True, False]
-    assert not torch.equal(net(x), net(x))
