@@ -282,7 +282,7 @@ def finetune(
     if dry_run:
         show_plan(plan, as_json=as_json, checks=verbs.check_finetune(plan, resume))
         return
-    from asymlift.stages.finetune_start import Start
+    from asymlift.stages.finetune.start import Start
 
     start = Start(resume=resume, allow_changes=allow_changes, rehearse=rehearse)
     report = verbs.run_finetune(plan, start)
@@ -351,7 +351,7 @@ def plan(
     if dry_run:
         show_plan(resolved, as_json=as_json, checks={"gpus": gpus, "GiB per GPU": gpu_memory})
         return
-    from asymlift.stages import plan as stage
+    from asymlift.stages.plan import estimate as stage
 
     report = stage.plan(resolved, gpus, gpu_memory)
     if as_json:
@@ -395,7 +395,7 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Say what a file or folder is, from what it was made, and its key numbers."""
-    from asymlift.stages.inspection import inspect_path
+    from asymlift.stages.inspection.model import inspect_path
 
     found = inspect_path(path, picture)
     if as_json:
@@ -445,7 +445,7 @@ def doctor(
 ) -> None:
     """Check that this machine is fit: packages, accelerator, memory, disk."""
     plan = load_recipe(recipe, overrides) if recipe else None
-    from asymlift.stages import doctor as stage
+    from asymlift.stages.doctor import table as stage
 
     checks = stage.examine(plan)
     if as_json:

@@ -217,9 +217,9 @@ def prepared(recipe: Any, ranks: Any, device: Any, bucket: int) -> tuple[Any, An
     from asymlift.artifacts.lifted_folder import Lifted
     from asymlift.runtime.engine import EngineSettings
     from asymlift.runtime.optimizers import OptimizerSettings
-    from asymlift.stages.finetune_model import build_step
+    from asymlift.stages.finetune.model import build_step
     from asymlift.stages.locate import lifted_path
-    from asymlift.stages.plan_model import blueprint_of, color_of
+    from asymlift.stages.plan.model import blueprint_of, color_of
 
     found = blueprint_of(recipe)
     use, family, geometry = recipe.finetune, found.family, found.geometry
@@ -257,7 +257,7 @@ def random_batch(recipe: Any, step: Any, device: Any) -> Any:
     import torch
 
     from asymlift.model.training_step import Batch
-    from asymlift.stages.plan_model import blueprint_of, empty_text
+    from asymlift.stages.plan.model import blueprint_of, empty_text
 
     size, geometry = recipe.finetune.micro_batch, step.student.geometry
     tokens = GRID[0] * GRID[1]
@@ -282,8 +282,8 @@ def predicted(values: dict[str, Any], ranks: int, bucket: int = BUCKET) -> dict[
     import torch
 
     from asymlift.recipe import check_recipe
-    from asymlift.stages.plan_memory import Limits, Planner
-    from asymlift.stages.plan_model import blueprint_of
+    from asymlift.stages.plan.memory import Limits, Planner
+    from asymlift.stages.plan.model import blueprint_of
 
     recipe = check_recipe(values, "benchmark")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -45,9 +45,9 @@ from asymlift.runtime.engine import Engine, EngineSettings
 from asymlift.runtime.memory import peak_of_process
 from asymlift.runtime.optimizers import OptimizerSettings
 from asymlift.runtime.signals import StopRequest
-from asymlift.stages.finetune_ledger import Ledger
-from asymlift.stages.finetune_model import assemble_step, load_perceptual
-from asymlift.stages.finetune_step import Trainer
+from asymlift.stages.finetune.ledger import Ledger
+from asymlift.stages.finetune.model import assemble_step, load_perceptual
+from asymlift.stages.finetune.step import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 FAMILY = FAMILIES["flux2"]

@@ -92,7 +92,7 @@ def flops_per_sample(out: Path, model: str, kind: str) -> float:
     from asymlift.artifacts.lifted_folder import read_lifted
     from asymlift.families import FAMILIES
     from asymlift.model.training_step import Batch
-    from asymlift.stages.finetune_model import build_step
+    from asymlift.stages.finetune.model import build_step
 
     recipe = recipe_of(out, "shared", model, overrides_of(kind, 0, 1))
     lifted = read_lifted(out / "shared" / "lifted")

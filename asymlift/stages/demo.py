@@ -37,7 +37,7 @@ from asymlift.report.training_report import curve_sections
 from asymlift.runtime import log
 from asymlift.runtime.metrics import read_metrics
 from asymlift.stages.convert import ConvertReport
-from asymlift.stages.prepare import Share
+from asymlift.stages.prepare.run import Share
 from asymlift.stages.verbs import (
     SampleRequest,
     describe_basis,

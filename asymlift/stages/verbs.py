@@ -21,9 +21,11 @@ from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
 from asymlift.runtime.signals import stop_requests
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
-from asymlift.stages.finetune import FinetuneReport, finetune
-from asymlift.stages.finetune_resume import chosen_checkpoint
-from asymlift.stages.finetune_start import AUTO, Start, accumulation_for, check_packages
+from asymlift.stages.finetune.preview import read_prompts
+from asymlift.stages.finetune.preview import settings_of as sampling_settings
+from asymlift.stages.finetune.resume import chosen_checkpoint
+from asymlift.stages.finetune.run import FinetuneReport, finetune
+from asymlift.stages.finetune.start import AUTO, Start, accumulation_for, check_packages
 from asymlift.stages.fit_basis import FitPlan, fit_basis
 from asymlift.stages.locate import (
     base_folder,
@@ -34,12 +36,10 @@ from asymlift.stages.locate import (
     needed,
 )
 from asymlift.stages.open_data import fit_of
-from asymlift.stages.prepare import Share, prepare
-from asymlift.stages.prepare_finish import PAGE, REJECTED
-from asymlift.stages.prepare_job import Estimate, Job, settings_of
-from asymlift.stages.prepare_work import find_work
-from asymlift.stages.preview import read_prompts
-from asymlift.stages.preview import settings_of as sampling_settings
+from asymlift.stages.prepare.finish import PAGE, REJECTED
+from asymlift.stages.prepare.job import Estimate, Job, settings_of
+from asymlift.stages.prepare.run import Share, prepare
+from asymlift.stages.prepare.work import find_work
 from asymlift.stages.provenance import record
 from asymlift.stages.sample import SamplePlan, SampleReport, check, sample
 from asymlift.stages.sample_folder import Weights

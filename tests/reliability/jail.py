@@ -130,7 +130,7 @@ class Warden:
 def serve() -> None:
     import asymlift.cli  # noqa: F401
     from asymlift.runtime.engine import import_deepspeed
-    from asymlift.stages import doctor, inspection, sample, verbs, verify  # noqa: F401
+    from asymlift.stages import sample, verbs, verify  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

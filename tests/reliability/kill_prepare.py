@@ -16,12 +16,12 @@ import torch
 
 from asymlift.artifacts.manifest import check_manifest
 from asymlift.errors import UserError
-from asymlift.stages.prepare import Share, prepare
-from asymlift.stages.prepare_finish import whole
-from asymlift.stages.prepare_job import Job
+from asymlift.stages.prepare.finish import whole
+from asymlift.stages.prepare.job import Job
+from asymlift.stages.prepare.run import Share, prepare
 from asymlift.stages.verbs import prepare_job
 from tests.reliability.injector import Injector, quick_folder
-from tests.stages.small_prepare import content, make_folder, recipe_for, shards
+from tests.stages.prepare.small_prepare import content, make_folder, recipe_for, shards
 
 NUM_PICTURES = 20  # in three shards
 ALONE = Share()

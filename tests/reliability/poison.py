@@ -20,8 +20,8 @@ from asymlift.errors import UserError
 from asymlift.recipe import load_recipe
 from asymlift.runtime import dist
 from asymlift.runtime.engine import Engine
-from asymlift.stages import finetune as stage
-from asymlift.stages.finetune_step import Trainer
+from asymlift.stages.finetune import run as stage
+from asymlift.stages.finetune.step import Trainer
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("loss", "input", "gradient")
@@ -63,7 +63,7 @@ def infect(job: Job, ranks: dist.Ranks) -> Callable[[], None]:
 
 
 def main() -> None:
-    from tests.stages.drive_finetune import NOTHING_STAYS
+    from tests.stages.finetune.drive_finetune import NOTHING_STAYS
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

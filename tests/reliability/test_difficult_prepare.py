@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.reliability.difficult import Corpus, differ, make_folder, make_shards
-from tests.stages.small_prepare import content, image_in, members, recipe_for, rejected, run
+from tests.stages.prepare.small_prepare import content, image_in, members, recipe_for, rejected, run
 
 SIZE = {"resize": {"sides": [40]}, "workers": 2}  # 32 x 48 is one of its buckets
 

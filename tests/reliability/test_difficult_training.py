@@ -15,7 +15,7 @@ from asymlift.data.reader import Reader
 from asymlift.data.records import BadSample, Sample
 from asymlift.families import FAMILIES
 from asymlift.families.base import Geometry
-from asymlift.stages.finetune_data import check_sample
+from asymlift.stages.finetune.data import check_sample
 from tests.reliability.difficult import Corpus, make_shards
 
 GEOMETRY = Geometry(vae_factor=4, channels=4, patch=2)

@@ -15,7 +15,14 @@ import torch
 import yaml
 
 from tests.reliability.injector import build, run_under
-from tests.stages.small_prepare import content, make_folder, recipe_for, run, shards, values_for
+from tests.stages.prepare.small_prepare import (
+    content,
+    make_folder,
+    recipe_for,
+    run,
+    shards,
+    values_for,
+)
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="the injector needs gcc")
 DRIVER = "tests.reliability.kill_prepare"

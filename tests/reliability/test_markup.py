@@ -7,7 +7,7 @@ import pytest
 
 from asymlift.report.html import figcaption, items, paragraph, picture, table
 from asymlift.report.prepare_report import PrepareReport
-from tests.stages.small_prepare import make_folder, recipe_for, run
+from tests.stages.prepare.small_prepare import make_folder, recipe_for, run
 
 MARKUP = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(1)>&lt;"
 NAME = "<img src=x onerror=alert(1)>"

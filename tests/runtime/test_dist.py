@@ -68,7 +68,7 @@ def test_a_rank_computes_on_its_own_gpu_or_on_the_cpu(monkeypatch):
         device_for(Ranks(4, 8, 4))
 
 
-def test_alone_everything_is_already_agreed_on():
+def test_alone_everything_is_already_agreed_on(no_group):
     values = torch.tensor([1.0, 2.0])
     assert summed(values) is values and values.tolist() == [1, 2]
     assert first_does(Ranks(0, 1, 0), lambda: "mine") == "mine"

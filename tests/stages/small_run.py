@@ -22,7 +22,7 @@ from asymlift.model.loading import load_pipeline
 from asymlift.recipe import Recipe, check_recipe
 from asymlift.stages.verbs import run_convert, run_fit_basis
 
-DRIVER = Path(__file__).with_name("drive_finetune.py")
+DRIVER = Path(__file__).with_name("finetune") / "drive_finetune.py"
 ROOT = Path(__file__).parents[2]
 NUM_SHARDS, SHARD_SAMPLES, TEXT_LENGTH = 2, 24, 12
 

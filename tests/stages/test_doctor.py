@@ -16,10 +16,12 @@ from rich.console import Console
 from asymlift.errors import BadData
 from asymlift.recipe import check_recipe
 from asymlift.runtime import torchvision_shim
-from asymlift.stages import doctor_machine, doctor_packages, doctor_recipe
-from asymlift.stages.doctor import as_json, examine, guarded, is_fit, render
-from asymlift.stages.doctor_check import Check
-from asymlift.stages.doctor_packages import package
+from asymlift.stages.doctor import machine as doctor_machine
+from asymlift.stages.doctor import packages as doctor_packages
+from asymlift.stages.doctor import recipe as doctor_recipe
+from asymlift.stages.doctor.check import Check
+from asymlift.stages.doctor.packages import package
+from asymlift.stages.doctor.table import as_json, examine, guarded, is_fit, render
 
 GIB = 2**30
 
@@ -128,7 +130,7 @@ def test_without_torch_everything_is_still_said():
     """Not even the top of the file may need what may be missing."""
     script = (
         "import sys, json; sys.modules['torch'] = None\n"
-        "from asymlift.stages.doctor import examine, as_json\n"
+        "from asymlift.stages.doctor.table import examine, as_json\n"
         "print(json.dumps(as_json(examine())))"
     )
     result = subprocess.run(

@@ -13,10 +13,10 @@ from asymlift.embedded import MODELS
 from asymlift.embedded.scenes import make_scenes
 from asymlift.recipe import check_recipe
 from asymlift.stages.open_data import open_data
-from asymlift.stages.plan import GIB, as_json, plan, render
-from asymlift.stages.plan_data import look_at_data
-from asymlift.stages.plan_memory import Limits, Planner, alternatives
-from asymlift.stages.plan_model import blueprint_of
+from asymlift.stages.plan.data import look_at_data
+from asymlift.stages.plan.estimate import GIB, as_json, plan, render
+from asymlift.stages.plan.memory import Limits, Planner, alternatives
+from asymlift.stages.plan.model import blueprint_of
 from benchmarks.plan_memory import measured, predicted, recipe_values, write_lifted
 from tests.stages.small_run import encoded
 from tests.stages.small_run import recipe_values as small_values
