@@ -55,7 +55,7 @@ def training_page(run: TrainingRun, now: Callable[[], float] = time.time) -> str
 
 
 def state_of(run: TrainingRun, written: str) -> str:
-    taken = [line for line in run.metrics if line["step"] > 0]
+    taken = [line for line in run.metrics if "loss" in line]  # others were validated alone
     said = f"{run.state}, as of {written}"
     if run.state == "running":
         said += "; where that is long ago, the run was killed: the same command resumes it"

@@ -27,6 +27,23 @@ def test_a_resumed_run_drops_the_lines_after_its_step(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.jsonl"]
 
 
+def test_what_comes_late_of_the_step_that_a_run_goes_on_from_stands_in_its_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(path, 0)
+    for step in (0, 1, 2):
+        first.numbers(step, {"loss": float(step)})
+    first.close()
+    second = Metrics(path, 1)
+    second.numbers(1, {"validation_loss": 5.0})
+    second.numbers(2, {"loss": 20.0})
+    second.close()
+    assert read_metrics(path) == [
+        {"step": 0, "loss": 0.0},
+        {"step": 1, "loss": 1.0, "validation_loss": 5.0},
+        {"step": 2, "loss": 20.0},
+    ]
+
+
 def test_a_run_from_the_start_measures_step_0_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = Metrics(path, 0)

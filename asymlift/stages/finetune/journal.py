@@ -46,6 +46,11 @@ class Journal:
             self.trackers.numbers(0, values)
         self.started = time.monotonic()
 
+    def measured(self, step: int, values: Mapping[str, Any]) -> None:
+        """What the step that a run goes on from was left without."""
+        self.trackers.numbers(step, values)
+        self.started = time.monotonic()
+
     def step(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Write the line of a step; returns all that is in it."""
         line = {**values, **self.derived(done, values)}

@@ -59,7 +59,7 @@ from asymlift.stages.finetune.resume import (
 from asymlift.stages.finetune.start import Start, accumulation_for, check_packages, locked
 from asymlift.stages.finetune.state import TrainingState
 from asymlift.stages.finetune.step import Trainer
-from asymlift.stages.finetune.validation import Validation
+from asymlift.stages.finetune.validation import Validation, is_unmeasured
 from asymlift.stages.locate import checkpoints_path, lifted_path
 from asymlift.stages.provenance import (
     add_to_start,
@@ -109,9 +109,9 @@ def finetune(
 
 
 def is_finished(recipe: Recipe, found: Checkpoint, ranks: Ranks) -> bool:
-    """Whether all steps are taken, and the pictures of the last one drawn."""
+    """Whether all steps are taken, and the last one is measured and shown."""
     return found.step >= recipe.finetune.steps and not dist.first_does(
-        ranks, lambda: is_missing(recipe, found.step)
+        ranks, lambda: is_unmeasured(recipe, found.step) or is_missing(recipe, found.step)
     )
 
 
@@ -227,8 +227,8 @@ class Run:
         with self.journal(begin) as journal, self.ticker(begin) as ticker:
             if begin == 0:
                 self.begin_curves(journal)
-            elif dist.first_does(self.ranks, lambda: is_missing(self.recipe, begin)):
-                self.show_what_is_due(begin, journal)
+            else:
+                self.catch_up(begin, journal)
             with self.feed(begin) as feed:
                 for step in range(begin, steps):
                     if self.ranks.first:
@@ -311,6 +311,19 @@ class Run:
         if journal is not None:
             journal.start(values)
         self.show_what_is_due(0, journal)
+
+    def catch_up(self, step: int, journal: Journal | None) -> None:
+        """Measure and show what is due at the step that was saved last.
+
+        A stop waits for neither, and a kill may have come between.
+        """
+        unmeasured = dist.first_does(self.ranks, lambda: is_unmeasured(self.recipe, step))
+        if unmeasured:
+            values = self.validate(step)
+            if journal is not None:
+                journal.measured(step, values)
+        if unmeasured or dist.first_does(self.ranks, lambda: is_missing(self.recipe, step)):
+            self.show_what_is_due(step, journal)
 
     def validate(self, step: int) -> dict[str, Any]:
         """The numbers of the averaged weights on held-out samples, if it is time for them."""

@@ -32,6 +32,7 @@ from asymlift.recipe import Recipe, ValidationSection
 from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import warn
+from asymlift.runtime.metrics import read_metrics
 from asymlift.stages.finetune.data import (
     Encoders,
     ExactData,
@@ -40,8 +41,10 @@ from asymlift.stages.finetune.data import (
     open_exact,
     to_cpu,
 )
+from asymlift.stages.finetune.journal import METRICS
 
 NAMED = 3  # samples that a warning names
+LOSS = "validation_loss"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ class HeldOut:
     key: str
     image: Tensor  # (3, H, W) uint8
     text: Embedding
+
+
+def is_unmeasured(recipe: Recipe, step: int) -> bool:
+    """Whether a step's numbers are due and not written: a stop saves at once, and measures not."""
+    use, last = recipe.finetune.validation, recipe.finetune.steps
+    if use is None or step > last or (step % use.every and step != last):
+        return False
+    metrics = recipe.run_folder / METRICS
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    return not any(line["step"] == step and LOSS in line for line in lines)
 
 
 class Validation:
@@ -164,7 +177,7 @@ class Validation:
         with evaluating(step):
             losses = self.all_losses(step, maker)
         found: dict[str, Any] = {
-            "validation_loss": float(losses[FLOW].mean()),
+            LOSS: float(losses[FLOW].mean()),
             "validation_by_level": losses[FLOW].mean(0).tolist(),
             "validation_sigma": [round(float(s), 4) for s in self.sigmas(self.mine[0].image)],
         }

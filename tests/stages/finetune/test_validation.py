@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from asymlift.errors import BadData, BadRecipe, StoppedEarly, Unavailable
 from asymlift.recipe import load_recipe
 from asymlift.runtime import trackers
 from asymlift.runtime.dist import Ranks
-from asymlift.runtime.metrics import read_metrics
+from asymlift.runtime.metrics import read_metrics, write_lines
 from asymlift.stages.finetune.run import finetune
+from asymlift.stages.finetune.step import Trainer
 from tests.stages.small_run import LORA, another_run, build, drive, encoded
 
 ALONE = Ranks(0, 1, 0)
@@ -115,6 +117,42 @@ def test_a_resumed_run_goes_on_with_the_same_numbers_and_measures_no_step_twice(
     assert numbers(recipe, "cut") == numbers(recipe, "first")
     steps = [line["step"] for line in read_metrics(recipe.parent / "cut" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]
+
+
+def test_what_a_stop_leaves_out_of_its_step_is_made_up_for_first(recipe, alone, monkeypatch):
+    """A stop saves at once; the run that goes on measures and shows that step before the next."""
+    gradients = Trainer.gradients
+
+    def asked_to_stop(self: Trainer, step: int, *rest: Any) -> Any:
+        if step == 1:
+            rest[-1].reason = "SIGTERM"
+        return gradients(self, step, *rest)
+
+    preview = "finetune.preview={every: 2, prompts: [a red disc], steps: 2}"
+    use = load_recipe(recipe, validated(recipe, "stopped", preview))
+    folder = recipe.parent / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "gradients", asked_to_stop)
+        with pytest.raises(StoppedEarly, match="after step 2 of 3"):
+            finetune(use, ALONE)
+    assert list(numbers(recipe, "stopped")) == [0]
+    assert not (folder / "samples" / "step-000002").exists()
+
+    with monkeypatch.context() as patch:  # killed as soon as it is made up for
+        patch.setattr(Trainer, "take", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune(use, ALONE)
+    grid = (folder / "samples" / "step-000002" / "grid.png").read_bytes()
+    assert finetune(use, ALONE).resumed_from == 2
+
+    assert numbers(recipe, "stopped") == numbers(recipe, "first")
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and "loss" in lines[2]
+    assert (folder / "samples" / "step-000002" / "grid.png").read_bytes() == grid
+
+    write_lines(folder / "metrics.jsonl", [line for line in lines if line["step"] < 3])
+    assert finetune(use, ALONE).resumed_from == 3  # the last step has to be measured, too
+    assert numbers(recipe, "stopped") == numbers(recipe, "first")
 
 
 def test_on_two_ranks_under_zero_3_the_numbers_are_the_same(recipe, alone, pair):
