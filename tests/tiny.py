@@ -1,10 +1,9 @@
 """Tiny random models of the real classes, so that every claim is tested on the code that ships.
 
-A latent has 4 channels and is 4 times smaller than its picture; a token is 2 x 2 latent cells:
-p = 8, d = 16, D = 192, C' = 48. Nothing here is downloaded.
+Mostly a latent has 4 channels and is 4 times smaller than its picture, and a token is 2 x 2 latent
+cells: p = 8, d = 16, D = 192, C' = 48 (see families/case.py). Nothing here is downloaded.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,69 +16,9 @@ from asymlift.families.base import Family, Geometry, Text
 from asymlift.maths.lift import lift_first, lift_last
 from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.runtime import third_party
+from tests.families.case import case_of, seeded
 
-CHANNELS, WORDS, LENGTH = 4, 24, 7  # latent channels, width and number of text tokens
 GRID = (4, 6)  # tokens of a picture of 32 x 48 pixels
-
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "flux2": {
-        "in_channels": 4 * CHANNELS,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": WORDS,
-        "timestep_guidance_channels": 32,
-        "axes_dims_rope": (4, 4, 4, 4),
-        "guidance_embeds": False,
-    },
-    "sd3": {
-        "sample_size": 16,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": WORDS,
-        "caption_projection_dim": 32,
-        "pooled_projection_dim": 20,
-        "pos_embed_max_size": 12,
-        "dual_attention_layers": (0,),
-        "qk_norm": "rms_norm",
-    },
-    "zimage": {
-        "in_channels": CHANNELS,
-        "dim": 32,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "cap_feat_dim": WORDS,
-        "axes_dims": [4, 6, 6],
-        "axes_lens": [64, 32, 32],
-    },
-}
-
-VAES = {"flux2": "AutoencoderKLFlux2", "sd3": "AutoencoderKL", "zimage": "AutoencoderKL"}
-VAE_SIZES: dict[str, Any] = {
-    "block_out_channels": (8, 8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": CHANNELS,
-}
-VAE_CONSTANTS: dict[str, dict[str, Any]] = {
-    "flux2": {},
-    "sd3": {"scaling_factor": 1.5305, "shift_factor": 0.0609},
-    "zimage": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-}
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "flux2": {"use_dynamic_shifting": True},
-    "sd3": {"shift": 3.0},
-    "zimage": {"shift": 3.0},
-}
-
 
 # -- the parts of a checkpoint
 
@@ -87,21 +26,15 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 def tiny_transformer(name: str, *, seed: int = 1, **changes: Any) -> Any:
     """Return the real class with large random weights, so that nothing in it is dead."""
     diffusers = third_party.library("diffusers")
-    net = getattr(diffusers, FAMILIES[name].transformer)(**{**TRANSFORMERS[name], **changes})
+    kind = getattr(diffusers, FAMILIES[name].transformer)
+    net = kind(**{**case_of(name).transformer, **changes})
     randomise(net, seed)
     return net.eval()
 
 
 def tiny_vae(name: str, *, seed: int = 2) -> Any:
-    """Return the family's VAE, 4 times down, with latent statistics that matter."""
-    diffusers = third_party.library("diffusers")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = getattr(diffusers, VAES[name])(**VAE_SIZES, **VAE_CONSTANTS[name])
-        if hasattr(vae, "bn"):
-            vae.bn.running_mean.normal_()
-            vae.bn.running_var.uniform_(0.5, 2)
-    return vae.eval()
+    """Return the family's VAE, with latent statistics that matter."""
+    return seeded(case_of(name).vae, seed)
 
 
 def tiny_text(name: str, batch: int, *, seed: int = 3, dtype: torch.dtype = torch.float32) -> Text:
@@ -111,15 +44,8 @@ def tiny_text(name: str, batch: int, *, seed: int = 3, dtype: torch.dtype = torc
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
-    samples: dict[str, Callable[[int], dict[str, Tensor]]] = {
-        "flux2": lambda i: {"encoder_hidden_states": noise(LENGTH, WORDS)},
-        "sd3": lambda i: {
-            "encoder_hidden_states": noise(LENGTH, WORDS),
-            "pooled_projections": noise(20),
-        },
-        "zimage": lambda i: {"cap_feats": noise(LENGTH + i, WORDS)},
-    }
-    return FAMILIES[name].collate([samples[name](i) for i in range(batch)])
+    sample = case_of(name).sample
+    return FAMILIES[name].collate([sample(noise, i) for i in range(batch)])
 
 
 def randomise(net: nn.Module, seed: int) -> None:
@@ -144,10 +70,11 @@ class Pair:
     s: float
     geometry: Geometry
     text: Text  # for two samples
+    grid: tuple[int, int]
 
 
 def tiny_geometry(name: str) -> Geometry:
-    return FAMILIES[name].geometry(dict(tiny_transformer(name).config), VAE_SIZES)
+    return FAMILIES[name].geometry(dict(tiny_transformer(name).config), dict(tiny_vae(name).config))
 
 
 def random_basis(geometry: Geometry, *, seed: int = 4) -> Tensor:
@@ -161,9 +88,10 @@ def lift(net: Any, family: Family, geometry: Geometry, A: Tensor) -> Any:
     config = {k: v for k, v in net.config.items() if not k.startswith("_")}
     pixel = type(net).from_config(config | family.channels(geometry.pixel_channels))
     weights, patch = net.state_dict(), geometry.patch
-    first = f"{family.first}.weight"
-    A = A.to(weights[first].dtype)
-    weights[first] = lift_first(weights[first], A, patch=patch, order=family.order_in)
+    A = A.to(weights[f"{family.first}.weight"].dtype)
+    for path in family.first_maps:
+        first = f"{path}.weight"
+        weights[first] = lift_first(weights[first], A, patch=patch, order=family.order_in)
     for last in (f"{family.last}.weight", f"{family.last}.bias"):
         if last in weights:
             weights[last] = lift_last(weights[last], A, patch=patch, order=family.order_out)
@@ -194,6 +122,7 @@ def lifted_pair(
         s,
         geometry,
         tiny_text(name, 2, dtype=dtype),
+        case_of(name).grid,
     )
 
 
@@ -202,12 +131,13 @@ def lifted_pair(
 
 def tiny_pipeline(name: str, *, transformer: Any = None, vae: Any = None) -> Any:
     """Return the real pipeline around tiny parts; it can be called with a prompt."""
-    diffusers = third_party.library("diffusers")
-    pipeline = getattr(diffusers, FAMILIES[name].pipelines[0])(
+    case = case_of(name)
+    pipeline = getattr(third_party.library("diffusers"), FAMILIES[name].pipelines[0])(
         transformer=tiny_transformer(name) if transformer is None else transformer,
         vae=tiny_vae(name) if vae is None else vae,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULERS[name]),
-        **TEXT_PARTS[name](),
+        scheduler=case.scheduler(),
+        **case.text_parts(),
+        **case.pipeline_parts,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -217,84 +147,3 @@ def write_pipeline(folder: Path, name: str, **parts: Any) -> Path:
     """Save a whole tiny pipeline as a diffusers folder, as a user would have it."""
     tiny_pipeline(name, **parts).save_pretrained(folder)
     return folder
-
-
-def _qwen(hidden: int, layers: int, head: str) -> dict[str, Any]:
-    transformers = third_party.library("transformers")
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {piece: i for i, piece in enumerate(marks + sorted(ByteLevel.alphabet()))}
-    tokenizer = transformers.Qwen2TokenizerFast(
-        vocab=vocabulary,
-        merges=[],
-        pad_token=marks[0],
-        eos_token=marks[2],
-        additional_special_tokens=marks[1:2],
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    )
-    config = transformers.Qwen3Config(
-        vocab_size=len(vocabulary),
-        hidden_size=hidden,
-        intermediate_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-    )
-    return {"text_encoder": _seeded(getattr(transformers, head), config), "tokenizer": tokenizer}
-
-
-def _clips_and_t5() -> dict[str, Any]:
-    transformers = third_party.library("transformers")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-    parts: dict[str, Any] = {}
-    for suffix, width in (("", 8), ("_2", 12)):
-        parts[f"tokenizer{suffix}"] = transformers.CLIPTokenizer(
-            vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16
-        )
-        config = transformers.CLIPTextConfig(
-            vocab_size=len(pieces),
-            hidden_size=width,
-            projection_dim=width,  # 8 + 12 is the width of the pooled embedding
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-        parts[f"text_encoder{suffix}"] = _seeded(transformers.CLIPTextModelWithProjection, config)
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    words += [(letter, -3.0) for letter in letters]
-    parts["tokenizer_3"] = transformers.T5TokenizerFast(vocab=words, extra_ids=0)
-    config = transformers.T5Config(
-        vocab_size=len(words), d_model=WORDS, d_kv=8, d_ff=16, num_layers=2, num_heads=2
-    )
-    parts["text_encoder_3"] = _seeded(transformers.T5EncoderModel, config)
-    return parts
-
-
-def _seeded(model: Any, config: Any) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        net = model(config).eval()
-        for weight in net.parameters():
-            if weight.ndim > 1:
-                weight.data.normal_(std=0.3)  # 0.02, the default, leaves prompts alike
-        return net
-
-
-TEXT_PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "flux2": lambda: _qwen(WORDS // 3, 28, "Qwen3ForCausalLM"),  # it stacks layers 9, 18 and 27
-    "sd3": _clips_and_t5,
-    "zimage": lambda: _qwen(WORDS, 3, "Qwen3Model"),
-}

@@ -118,14 +118,15 @@ def _changed(
     base: DiffusersFolder, family: Family, geometry: Geometry, headers: dict[Path, Header]
 ) -> dict[str, TensorInfo]:
     stored = {name: info for header in headers.values() for name, info in header.tensors.items()}
-    for path in (family.first, family.last):
+    for path in (*family.first_maps, family.last):
         if f"{path}.weight" not in stored:
             raise BadData(
                 f"{base.path}: its transformer has no tensor {path}.weight, which family "
                 f"{family.name} names as one of its two maps."
             )
     changed = {}
-    for path, lifted_shape in ((family.first, _first_shape), (family.last, _last_shape)):
+    places = [(path, _first_shape) for path in family.first_maps] + [(family.last, _last_shape)]
+    for path, lifted_shape in places:
         for name in (f"{path}.weight", f"{path}.bias"):
             info = stored.get(name)
             if info is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -84,6 +84,16 @@ class Family:
         [Config, int], float
     ]  # (scheduler config, tokens) -> the base's time shift
     lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for anything
+    checkpoints: tuple[str, ...]  # published ones, as the hub names them
+    tier: Literal["free", "easy"]  # easy: there is a quirk, which the module's docstring tells
+    also_first: tuple[str, ...] = ()  # further maps that read the same tokens
+    has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
+    heavy_text: str | None = None  # why captions are better encoded while training
+
+    @property
+    def first_maps(self) -> tuple[str, ...]:
+        """Return the paths of all maps that read tokens."""
+        return (self.first, *self.also_first)
 
 
 def setting(config: Config, key: str) -> Any:

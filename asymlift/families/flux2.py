@@ -136,4 +136,10 @@ FLUX2 = Family(
         "time_guidance_embed.timestep_embedder.linear_2",
         "single_transformer_blocks.*.attn.to_out",
     ),
+    checkpoints=(
+        "black-forest-labs/FLUX.2-dev",
+        "black-forest-labs/FLUX.2-klein-base-4B",
+        "black-forest-labs/FLUX.2-klein-base-9B",
+    ),
+    tier="free",
 )

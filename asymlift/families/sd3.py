@@ -100,4 +100,10 @@ SD3 = Family(
         "time_text_embed.timestep_embedder.linear_2",
         "transformer_blocks.*.attn.to_out.0",
     ),
+    checkpoints=(
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        "stabilityai/stable-diffusion-3.5-medium",
+        "stabilityai/stable-diffusion-3.5-large",
+    ),
+    tier="free",
 )

@@ -90,4 +90,6 @@ ZIMAGE = Family(
         "t_embedder.mlp.*",
         "layers.*.attention.to_out.0",
     ),
+    checkpoints=("Tongyi-MAI/Z-Image",),
+    tier="free",
 )

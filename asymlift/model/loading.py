@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from asymlift.artifacts.diffusers_folder import (
+    DiffusersFolder,
     check_component_name,
     read_json,
     weight_files,
@@ -98,6 +99,11 @@ def load_pipeline(
     return pipeline(**settings, **{**dict.fromkeys(parts), **loaded})
 
 
+def text_parts(folder: DiffusersFolder) -> set[str]:
+    """The components that a prompt's embedding may need: all but what makes pictures."""
+    return {k for k in folder.components if k != "vae" and not k.endswith("transformer")}
+
+
 class _Float32Linear(nn.Linear):
     """Computes and answers in float32, whatever autocast says."""
 
@@ -167,7 +173,7 @@ def float32_maps(net: nn.Module, family: Family) -> nn.Module:
     In bf16 the last map alone leaks 2e-3 of the velocity into the complement, where it is divided
     by sigma. Only the class of these modules changes: not their names, nor the stock class.
     """
-    for path, classes in ((family.first, FIRST), (family.last, LAST)):
+    for path, classes in [(p, FIRST) for p in family.first_maps] + [(family.last, LAST)]:
         for module in net.get_submodule(path).modules():
             module.__class__ = classes.get(type(module), type(module))
     return net

@@ -368,7 +368,7 @@ def _verify(plan: ConvertPlan, source: Source, folder: Path) -> tuple[Maps, Coup
     )
     if plan.verify == "maps":
         return maps, None
-    reason = why_not_coupled(source.base, plan.conditioning)
+    reason = why_not_coupled(source.base, plan.family, plan.conditioning)
     if plan.verify == "auto" and reason:
         source.notes.append(f"verified only the two maps: {reason}")
         return maps, None

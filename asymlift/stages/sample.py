@@ -32,7 +32,12 @@ from asymlift.data.pictures import encode_png, float_to_image
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import family_of_lifted, find_family
 from asymlift.families.base import Family, Geometry, Text
-from asymlift.model.loading import load_pipeline, load_pipeline_parts, load_transformer
+from asymlift.model.loading import (
+    load_pipeline,
+    load_pipeline_parts,
+    load_transformer,
+    text_parts,
+)
 from asymlift.model.painting import Canvas, Painter, latent_painter, pixel_painter
 from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
@@ -368,8 +373,7 @@ def encode_prompts(
     plan: SamplePlan, sources: Sources, prompts: Sequence[str], device: torch.device
 ) -> Embeddings:
     """Embed each prompt alone, so that it comes out the same whatever the others are."""
-    parts = sources.pipeline.components.keys() - {"transformer", "vae"}
-    pipeline = load_pipeline(sources.pipeline.path, parts).to(device)
+    pipeline = load_pipeline(sources.pipeline.path, text_parts(sources.pipeline)).to(device)
     with torch.no_grad():
         found = {
             prompt: sources.family.encode_prompt(pipeline, [prompt], plan.text_length)[0]

@@ -71,11 +71,12 @@ def check_maps(
 
     first, last, outside = [], [], []
     for kind in ("weight", "bias"):
-        if pair := both(f"{family.first}.{kind}"):
-            old, new = pair
-            if kind == "weight":
-                new = unlift_first(new, A, patch=q, order=family.order_in)
-            first.append(_relative(new, old))
+        for path in family.first_maps:
+            if pair := both(f"{path}.{kind}"):
+                old, new = pair
+                if kind == "weight":
+                    new = unlift_first(new, A, patch=q, order=family.order_in)
+                first.append(_relative(new, old))
         if pair := both(f"{family.last}.{kind}"):
             kept = lift_last(pair[0], identity, patch=q, order=family.order_out)
             back = unlift_last(pair[1], A, patch=q, order=family.order_out)
@@ -93,10 +94,12 @@ def check_maps(
     return maps
 
 
-def why_not_coupled(base: DiffusersFolder, conditioning: Conditioning | None) -> str | None:
+def why_not_coupled(
+    base: DiffusersFolder, family: Family, conditioning: Conditioning | None
+) -> str | None:
     """The reason why the full check cannot run here, or None."""
     encoders = [name for name in base.components if name.startswith("text_encoder")]
-    if conditioning is None:
+    if conditioning is None and family.has_text_encoder:
         if not encoders:
             return "the pipeline has no text encoder"
         missing = [name for name in encoders if not (base.path / name).is_dir()]
@@ -132,7 +135,7 @@ def check_coupling(
     from asymlift.model.loading import load_transformer  # diffusers loads only here
     from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 
-    reason = why_not_coupled(base, conditioning)
+    reason = why_not_coupled(base, family, conditioning)
     if reason:
         raise Unavailable(f"{base.path}: cannot be verified in full: {reason}. Use --verify maps.")
     device = _device(_float32_bytes(base))
@@ -172,10 +175,9 @@ def check_coupling(
 
 
 def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> Text:
-    from asymlift.model.loading import load_pipeline
+    from asymlift.model.loading import load_pipeline, text_parts
 
-    parts = {name for name in base.components if name.startswith(("text_encoder", "tokenizer"))}
-    pipeline = load_pipeline(base.path, parts)
+    pipeline = load_pipeline(base.path, text_parts(base))
     text = family.collate(family.encode_prompt(pipeline, PROMPTS, text_length))
     del pipeline
     gc.collect()

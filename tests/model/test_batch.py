@@ -15,7 +15,8 @@ from asymlift.model.batch import BatchMaker, Place
 from asymlift.model.noise_levels import NoiseLevels
 from asymlift.model.training_step import Batch
 from asymlift.recipe import TimeSection
-from tests.tiny import CHANNELS, GRID, WORDS, tiny_geometry, tiny_vae
+from tests.families.case import CHANNELS, WORDS
+from tests.tiny import GRID, tiny_geometry, tiny_vae
 
 COLOR = ColorCode("oklab", (0.56, 0.0, 0.01), 0.16)
 HEIGHT, WIDTH = 8 * GRID[0], 8 * GRID[1]

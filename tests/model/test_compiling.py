@@ -9,7 +9,8 @@ from asymlift.families import FAMILIES
 from asymlift.model.compiling import check_compiler, compile_blocks
 from asymlift.model.reference import as_reference
 from asymlift.model.trainable import Adapters, repeated_blocks, train_parts
-from tests.tiny import CHANNELS, GRID, tiny_text, tiny_transformer
+from tests.families.case import CHANNELS
+from tests.tiny import GRID, tiny_text, tiny_transformer
 
 CPU = torch.device("cpu")
 

@@ -43,7 +43,7 @@ class Blueprint:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """As the loader would find it: the two maps are stored in float32."""
-        if name.startswith((f"{self.family.first}.", f"{self.family.last}.")):
+        if name.rpartition(".")[0] in (*self.family.first_maps, self.family.last):
             return torch.float32
         return self.stored.get(name, FROZEN_DTYPE)
 

@@ -26,7 +26,8 @@ from asymlift.runtime.signals import StopRequest
 from asymlift.stages.finetune.ledger import Ledger
 from asymlift.stages.finetune.model import assemble_step
 from asymlift.stages.finetune.step import Trainer
-from tests.tiny import CHANNELS, LENGTH, WORDS, lifted_pair
+from tests.families.case import CHANNELS, LENGTH, WORDS
+from tests.tiny import lifted_pair
 
 STRICT = {
     "stage3_param_persistence_threshold": 0,

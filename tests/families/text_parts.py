@@ -1,0 +1,97 @@
+"""Tiny text encoders and tokenizers of the real classes, as pipelines take them."""
+
+from typing import Any
+
+from asymlift.runtime import third_party
+from tests.families.case import WORDS, seeded
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SEED = 5
+
+
+def random_model(kind: str, config: Any) -> Any:
+    """A model of transformers with weights large enough that prompts differ."""
+    net = seeded(lambda: getattr(third_party.library("transformers"), kind)(config), SEED)
+    return seeded(lambda: widened(net), SEED)
+
+
+def widened(net: Any) -> Any:
+    for weight in net.parameters():
+        if weight.ndim > 1:
+            weight.data.normal_(std=0.3)  # 0.02, the default, leaves prompts alike
+    return net
+
+
+def byte_tokenizer() -> Any:
+    """Qwen's tokenizer, a token for each byte."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {piece: i for i, piece in enumerate(marks + sorted(ByteLevel.alphabet()))}
+    tokenizer = third_party.library("transformers").Qwen2TokenizerFast(
+        vocab=vocabulary,
+        merges=[],
+        pad_token=marks[0],
+        eos_token=marks[2],
+        additional_special_tokens=marks[1:2],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    return tokenizer
+
+
+def qwen3(hidden: int, layers: int, head: str) -> dict[str, Any]:
+    """Qwen3 and its tokenizer: `text_encoder` and `tokenizer`."""
+    tokenizer = byte_tokenizer()
+    config = third_party.library("transformers").Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    return {"text_encoder": random_model(head, config), "tokenizer": tokenizer}
+
+
+def clip_tokenizer() -> Any:
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
+    return third_party.library("transformers").CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16
+    )
+
+
+def clip(width: int, head: str = "CLIPTextModelWithProjection") -> Any:
+    """CLIP's text model, 16 words long."""
+    config = third_party.library("transformers").CLIPTextConfig(
+        vocab_size=2 + 2 * len(LETTERS),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return random_model(head, config)
+
+
+def t5_tokenizer() -> Any:
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    words += [(letter, -3.0) for letter in LETTERS]
+    return third_party.library("transformers").T5TokenizerFast(vocab=words, extra_ids=0)
+
+
+def t5(width: int = WORDS) -> Any:
+    config = third_party.library("transformers").T5Config(
+        vocab_size=4 + len(LETTERS), d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2
+    )
+    return random_model("T5EncoderModel", config)
