@@ -35,8 +35,8 @@ TRAINABLE = "trainable.safetensors"
 EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-FORMAT = 2
-PARTS = {"step": int, "parameters": list, "fingerprints": dict, "finetune": dict, "updates": int}
+FORMAT = 3
+PARTS = {"parameters": list, "fingerprints": dict, "finetune": dict, "updates": int}
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: format {state.get('format')}; this asymlift reads {FORMAT}: "
             "go on with the version that wrote it"
         )
-    for name, part in PARTS.items():
-        if not isinstance(state.get(name, part()), part):
-            raise BadData(f"{folder / STATE}: {name} is not as a checkpoint has it")
-    return Checkpoint(folder, int(state["step"]), state)
+    check_parts(folder, state, {"step": int, **{k: PARTS[k] for k in PARTS if k in state}})
+    return Checkpoint(folder, state["step"], state)
+
+
+def check_parts(folder: Path, state: Mapping[str, Any], parts: Mapping[str, type]) -> None:
+    """Refuse a state.json that somebody changed by hand; parts of a part are `outer.inner`."""
+    for name, kind in parts.items():
+        value: Any = state
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise BadData(f"{folder / STATE}: `{name}` is missing")
+            value = value[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BadData(f"{folder / STATE}: `{name}` is not as a checkpoint has it")
 
 
 def newest_whole(checkpoints: Path, warn: Callable[[str], None]) -> Checkpoint | None:

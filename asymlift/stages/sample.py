@@ -20,8 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from asymlift.artifacts.checkpoint import EMA, KIND, STATE, TRAINABLE, Checkpoint
-from asymlift.artifacts.diffusers_folder import DiffusersFolder, read_json
+from asymlift.artifacts.checkpoint import (
+    EMA,
+    KIND,
+    STATE,
+    TRAINABLE,
+    Checkpoint,
+    read_checkpoint,
+)
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import sha256_file, write_bytes_atomically
 from asymlift.artifacts.lifted_folder import Lifted, read_lifted
 from asymlift.artifacts.manifest import NAME as MANIFEST
@@ -174,8 +181,7 @@ class Sources:
             path = folder / name
             if not path.is_file() or sha256_file(path) != described.files[name][1]:
                 raise BadData(f"{path}: missing, or its bytes have changed; use another step")
-        state = read_json(folder / STATE)
-        return Checkpoint(folder, state["step"], state)
+        return read_checkpoint(folder)
 
     @cached_property
     def pipeline(self) -> DiffusersFolder:

@@ -202,6 +202,25 @@ def test_another_kind_or_format_is_refused_and_not_skipped(tmp_path, kind, form,
         assert str(caught.value) == f"{newest}: {message}"
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"step": None}, "`step` is not as a checkpoint has it"),
+        ({"step": True}, "`step` is not as a checkpoint has it"),
+        ({"step": 2, "fingerprints": [1]}, "`fingerprints` is not as a checkpoint has it"),
+        ({}, "`step` is missing"),
+    ],
+)
+def test_a_state_changed_by_hand_is_refused_by_file_and_key(tmp_path, change, said):
+    newest = save(tmp_path, 2)
+    (newest / "state.json").write_text(json.dumps({"format": FORMAT, **change}))
+    (newest / "manifest.json").unlink()
+    write_manifest(newest, kind="checkpoint", facts={})
+    with pytest.raises(BadData) as caught:
+        open_checkpoint(newest)
+    assert str(caught.value) == f"{newest / 'state.json'}: {said}"
+
+
 def test_a_damaged_one_of_the_same_step_gives_way(tmp_path):
     flip(save(tmp_path, 2, b"old") / "trainable.safetensors")
     save(tmp_path, 2, b"new")

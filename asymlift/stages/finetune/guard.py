@@ -19,7 +19,7 @@ class Guard:
         self, file: Path, ranks: Ranks, most_in_a_row: int, warn: Callable[[str], None]
     ) -> None:
         self.file, self.ranks, self.most_in_a_row, self.warn = file, ranks, most_in_a_row, warn
-        self.in_a_row = 0
+        self.in_a_row = 0  # also over restarts: a checkpoint holds it
 
     def passes(
         self, step: int, loss: float, norm: float, applied: bool, keys: Sequence[str]

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from asymlift.artifacts.checkpoint import (
     EMA,
     OPTIMIZER,
+    STATE,
     TRAINABLE,
     Checkpoint,
+    check_parts,
     newest_whole,
     open_checkpoint,
     remove_leftovers,
@@ -92,6 +94,15 @@ SAID = {
 KEPT_AS = {"adamw": "adamw", "adamw_8bit": "adamw", "muon": "muon"}  # moments that are alike
 
 
+# What going on reads of a state.json, beside what `sample` does.
+NEEDED = {
+    **dict.fromkeys(("updates", "samples", "seen", "bad", "not_finite", "ranks"), int),
+    **dict.fromkeys(("model", "data", "finetune", "fingerprints", "versions"), dict),
+    "parameters": list,
+    "finetune.optimizer.kind": str,
+    "finetune.zero.stage": int,
+}
+
 PATHS = (("model", "base"), ("data", "train"), ("data", "validation"), ("data", "cache"))
 
 
@@ -120,6 +131,27 @@ def find_checkpoint(checkpoints: Path, resume: str, ranks: Ranks) -> Checkpoint 
 
 
 def chosen_checkpoint(checkpoints: Path, resume: str) -> Checkpoint | None:
+    """The one to go on from, with all that this needs in its state."""
+    found = asked_for(checkpoints, resume)
+    if found is not None:
+        check_parts(found.folder, found.state, NEEDED)
+        for parameter in found.state["parameters"]:
+            if not is_parameter(parameter):
+                raise BadData(
+                    f"{found.folder / STATE}: `parameters` has {brief(parameter)}, which is no "
+                    "[name, shape, role]"
+                )
+    return found
+
+
+def is_parameter(value: Any) -> bool:
+    match value:
+        case [str(), list(shape), str()]:
+            return all(isinstance(side, int) for side in shape)
+    return False
+
+
+def asked_for(checkpoints: Path, resume: str) -> Checkpoint | None:
     """`auto` takes the newest whole one, `none` none, a path the one that is there.
 
     Nothing that is newer is ever overwritten or pruned away.
@@ -226,7 +258,7 @@ def check_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, allowed: bo
             f"{folder}: other parameters were trained, or in another order: {old} there, {new} here"
         )
     kinds = [state["finetune"]["optimizer"]["kind"] for state in (then, now)]
-    if KEPT_AS[kinds[0]] != KEPT_AS[kinds[1]]:
+    if KEPT_AS.get(kinds[0]) != KEPT_AS[kinds[1]]:
         raise BadData(
             f"{folder}: finetune.optimizer.kind {kinds[0]} -> {kinds[1]};\n"
             f"{kinds[1]} cannot go on from what {kinds[0]} remembers: use another `name`"

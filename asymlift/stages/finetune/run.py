@@ -391,6 +391,7 @@ class Run:
             "samples": step * self.settings.batch,
             "seen": self.ledger.num_seen,
             "bad": self.ledger.num_bad,
+            "not_finite": self.trainer.guard.in_a_row,
         }
         self.state.save(step, {**self.facts(), **counts}, must=must)
 
@@ -399,6 +400,7 @@ class Run:
         watch.at(found.step, "resuming")
         self.state.restore(found)
         self.trainer.num_updates = found.state["updates"]
+        self.trainer.guard.in_a_row = found.state["not_finite"]
         self.ledger.num_seen, self.ledger.num_bad = found.state["seen"], found.state["bad"]
         if self.ranks.first:
             rows = restored_rows(found, self.facts(), changes)

@@ -1,8 +1,9 @@
 """What a run goes on from, and what its recipe may change meanwhile."""
 
 import copy
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +28,7 @@ from asymlift.runtime.tables import plain_lines
 from asymlift.stages.finetune.resume import (
     CLASSES,
     FLAG,
+    NEEDED,
     REFUSED,
     SAFE,
     Change,
@@ -124,13 +126,44 @@ def facts(**finetune: Any) -> dict[str, Any]:
 
 
 def saved(checkpoints: Path, step: int, state: dict[str, Any] | None = None) -> Checkpoint:
-    counts = {"samples": 8 * step, "seen": 8 * step, "bad": 3, "updates": step - 1}
+    counts = {"samples": 8 * step, "seen": 8 * step, "bad": 3, "updates": step - 1, "not_finite": 0}
     tensors = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(3)}
     moments = {f"{key}/{name}": t for name, t in tensors.items() for key in ("m", "v")}
     with committing(checkpoints, step, {**counts, **(state or facts())}) as staged:
         for file, held in ((TRAINABLE, tensors), (EMA, tensors), (OPTIMIZER, moments)):
             save_tensors(staged / file, held)
     return open_checkpoint(step_folder(checkpoints, step))
+
+
+def damaged(checkpoints: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """As somebody leaves it who writes a state, and its manifest, by hand."""
+    counts = {"updates": 1, "samples": 8, "seen": 8, "bad": 0, "not_finite": 0}
+    state = copy.deepcopy({**counts, **facts()})
+    change(state)
+    with committing(checkpoints, 1, state) as staged:
+        (staged / TRAINABLE).touch()
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_a_state_that_lacks_what_going_on_needs_is_refused_by_file_and_key(tmp_path, key):
+    *outer, name = key.split(".")
+
+    def inside(state: dict[str, Any]) -> dict[str, Any]:
+        return functools.reduce(lambda part, word: part[word], outer, state)
+
+    for folder, said, change in (
+        ("a", "is missing", lambda state: inside(state).pop(name)),
+        ("b", "is not as a checkpoint has it", lambda s: inside(s).update({name: 0.5})),
+    ):
+        damaged(tmp_path / folder, change)
+        with pytest.raises(BadData, match=rf"step-000001/state\.json: `{key}` {said}"):
+            chosen_checkpoint(tmp_path / folder, "auto")
+
+
+def test_a_parameter_without_name_shape_or_role_is_refused(tmp_path):
+    damaged(tmp_path, lambda state: state["parameters"].append(["c.weight", [3, "x"], "lora"]))
+    with pytest.raises(BadData, match=r'`parameters` has \["c.weight", \[3, "x"\], "lora"\]'):
+        chosen_checkpoint(tmp_path, "auto")
 
 
 @pytest.fixture

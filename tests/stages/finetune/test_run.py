@@ -631,3 +631,16 @@ def test_updates_that_are_not_finite_are_left_out_and_then_end_the_run(recipe, s
         finetune(load_recipe(recipe, overrides), ALONE)
 
     assert capfd.readouterr().err.count("the update was left out") == 4
+
+
+def test_restarts_do_not_keep_a_run_alive_that_has_no_finite_updates(recipe, capfd):
+    """How many were left out in a row is saved: three before the restart, and two after it."""
+    overrides = [another_run(recipe, "restarted"), "finetune.zero.stage=0"]
+    overrides += ["finetune.optimizer.lr=1e30", "finetune.schedule.warmup=0"]
+    name = recipe.parent / "restarted"
+
+    finetune(load_recipe(recipe, [*overrides, "finetune.steps=4"]), ALONE)
+    for _ in range(2):
+        with pytest.raises(BadData, match=r"step 6: .*\n5 updates in a row were not finite"):
+            finetune(load_recipe(recipe, overrides), ALONE)
+    assert steps_on_disk(name / "checkpoints")[0] == 4
