@@ -5,11 +5,15 @@ from difflib import get_close_matches
 
 from asymlift.errors import BadRecipe
 from asymlift.families.base import Config, Family
+from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
+from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.sd3 import SD3
 from asymlift.families.zimage import ZIMAGE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX2, SD3, ZIMAGE)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (FLUX1, FLUX2, QWENIMAGE, SD3, ZIMAGE)
+}
 
 
 def find_family(name: str, model_index: Config, transformer_config: Config) -> Family:

@@ -1,9 +1,10 @@
 """Text embeddings of single samples, made into what a transformer takes. B samples, L tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from asymlift.errors import BadData
 from asymlift.families.base import Text
@@ -49,6 +50,30 @@ def ragged_text(samples: Sequence[Sample]) -> Text:
                     "encode all captions with the same model"
                 )
     return {key: list(tensors) for key, tensors in columns.items()}
+
+
+def padded_text(
+    key: str, mask: str, *, mask_dtype: torch.dtype = torch.bool
+) -> Callable[[Sequence[Sample]], Text]:
+    """Return what pads `key`, (L, ...) of each sample, to the longest, and writes where words are.
+
+    All other tensors are stacked.
+    """
+
+    def collate(samples: Sequence[Sample]) -> Text:
+        words = [sample[key] for sample in samples]
+        for i, tensor in enumerate(words):
+            if tensor.shape[1:] != words[0].shape[1:]:
+                raise BadData(
+                    f"text embeddings do not match: `{key}` is {tuple(words[0].shape)} in "
+                    f"sample 0 and {tuple(tensor.shape)} in sample {i}; "
+                    "encode all captions with the same model"
+                )
+        others = stack_text([{k: v for k, v in one.items() if k != key} for one in samples])
+        written = [torch.ones(len(one), dtype=mask_dtype, device=one.device) for one in words]
+        return {**others, key: pad_sequence(words, True), mask: pad_sequence(written, True)}
+
+    return collate
 
 
 def text_to(text: Text, device: torch.device) -> Text:

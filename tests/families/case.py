@@ -4,7 +4,7 @@ Everything here is taken from diffusers, nothing from our families: that is what
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -136,15 +136,20 @@ def read_packed(
     return lambda call: (
         tokens_to_image(call["hidden_states"], patch, grid),
         call[time],
-        {name: call[name] for name in text},
+        given(call, text),
     )
+
+
+def given(call: dict[str, Any], names: Sequence[str]) -> Text:
+    """Those of a call's embeddings that are there: a mask that hides nothing may be None."""
+    return {name: call[name] for name in names if call.get(name) is not None}
 
 
 def read_map(
     *text: str, time: str = "timestep"
 ) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor, Text]]:
     """`read` for a transformer that is called with a latent map and these embeddings."""
-    return lambda call: (call["hidden_states"], call[time], {name: call[name] for name in text})
+    return lambda call: (call["hidden_states"], call[time], given(call, text))
 
 
 def straight_mu(most: float) -> Callable[[Any, int, int], float]:
@@ -164,3 +169,15 @@ def seeded(build: Callable[[], Any], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().eval()
+
+
+def encode_frame(vae: Any, image: Tensor) -> Tensor:
+    """`raw_latent` of a video VAE: the picture is one frame."""
+    raw: Tensor = vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2)
+    return raw
+
+
+def decode_frame(vae: Any, raw: Tensor) -> Tensor:
+    """`decoded` of a video VAE."""
+    image: Tensor = vae.decode(raw.unsqueeze(2)).sample.squeeze(2)
+    return image

@@ -43,20 +43,22 @@ def test_the_lifted_model_is_the_latent_model(name, s, dtype, tolerance):
     assert lift_error(lifted_pair(name, s=s, dtype=dtype)) <= tolerance
 
 
+@pytest.mark.parametrize(("name", "usual"), [("flux1", 3.5), ("flux2", 4.0)])
 @torch.no_grad()
-def test_flux2_dev_is_told_its_guidance():
-    """Its guidance embedding runs, with the pipeline's 4 unless the text says otherwise."""
-    net = tiny_transformer("flux2", guidance_embeds=True)
-    pair = lifted_pair("flux2", net=net)
+def test_a_guidance_distilled_model_is_told_its_guidance(name, usual):
+    """Its guidance embedding runs, with the pipeline's number unless the text says otherwise."""
+    net = tiny_transformer(name, guidance_embeds=True)
+    pair = lifted_pair(name, net=net)
     assert lift_error(pair) <= 1e-12
 
     z, tau = torch.zeros(2, 24, pair.geometry.d).double(), torch.full((2,), 0.5).double()
     silent = pair.latent(z, tau, pair.text, GRID)
-    four, five = (
-        pair.latent(z, tau, pair.text | {"guidance": torch.full((2,), g)}, GRID) for g in (4.0, 5.0)
+    stated, five = (
+        pair.latent(z, tau, pair.text | {"guidance": torch.full((2,), g)}, GRID)
+        for g in (usual, 5.0)
     )
-    assert torch.equal(silent, four)
-    assert relative(five, four) > 1e-3
+    assert torch.equal(silent, stated)
+    assert relative(five, stated) > 1e-3
 
 
 def flipped(family: Family, fact: str) -> Family:
@@ -73,4 +75,4 @@ def test_a_wrong_token_order_breaks_the_identity(name, fact):
     if case_of(name).sizes.patch == 1 or (fact == "order_in" and is_convolution):
         assert error <= 1e-12  # one cell a token, or a kernel (n, c, p, q): there is one order
     else:
-        assert error > 0.1
+        assert error > 0.01

@@ -60,6 +60,35 @@ def qwen3(hidden: int, layers: int, head: str) -> dict[str, Any]:
     return {"text_encoder": random_model(head, config), "tokenizer": tokenizer}
 
 
+def qwen2_5_vl(hidden: int, layers: int = 2) -> Any:
+    """Qwen2.5-VL, whose eye is as small as it goes."""
+    transformers = third_party.library("transformers")
+    sections = [hidden // 4 - 2 * (hidden // 12), hidden // 12, hidden // 12]  # half a head's width
+    text = {
+        "vocab_size": len(byte_tokenizer()),
+        "hidden_size": hidden,
+        "intermediate_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e4},
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+    }
+    eye = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "fullatt_block_indexes": [0],
+    }
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=eye)
+    return random_model("Qwen2_5_VLForConditionalGeneration", config)
+
+
 def clip_tokenizer() -> Any:
     pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
     return third_party.library("transformers").CLIPTokenizer(

@@ -1,6 +1,7 @@
 """Precision, dtypes and gradients of a velocity field; what it computes is in tests/families."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,17 +10,17 @@ from torch import Tensor, nn
 from asymlift.families import FAMILIES
 from asymlift.families.base import matching_modules
 from asymlift.maths.asymmetric import project
+from asymlift.maths.schedule import sigma_from_tau
 from asymlift.model.loading import float32_maps
-from tests.tiny import GRID, Pair, lifted_pair, tiny_text, tiny_transformer
+from tests.tiny import Pair, lifted_pair, tiny_text, tiny_transformer
 
-NUM = GRID[0] * GRID[1]
 SIGMA = torch.tensor([0.1, 0.9])
 
 
 def noisy_tokens(pair: Pair, seed: int = 0) -> Tensor:
     """x_t inside the subspace, where the model as converted predicts nothing outside."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(2, NUM, pair.geometry.d, generator=g).to(pair.A) @ pair.A.T
+    return torch.randn(2, math.prod(pair.grid), pair.geometry.d, generator=g).to(pair.A) @ pair.A.T
 
 
 def leak(pair: Pair) -> float:
@@ -29,7 +30,7 @@ def leak(pair: Pair) -> float:
         lambda module, args, out: outputs.append(out)
     )
     with torch.no_grad():
-        u = pair.pixel(noisy_tokens(pair), SIGMA, pair.text, GRID, floor=1e-6)
+        u = pair.pixel(noisy_tokens(pair), SIGMA, pair.text, pair.grid, floor=1e-6)
     # Undo the division by sigma, which is the recovery's and would flatter or blame the network.
     u_perp = (u - project(u, pair.A)) * SIGMA.to(u.dtype).view(-1, 1, 1) / pair.s
     return float(u_perp.norm() / u.norm())
@@ -53,20 +54,19 @@ def test_the_trunk_really_runs_in_bf16(name):
     """Between the two maps nothing is float32 that was not, so bf16 costs what it should."""
     pair = lifted_pair(name, dtype=torch.float32, precision=torch.bfloat16)
     family, net, dtypes = FAMILIES[name], pair.pixel.net, {}
-    for path in (family.first, family.last, "context_embedder", "cap_embedder.1"):
-        if path in dict(net.named_modules()):
-            net.get_submodule(path).register_forward_hook(
-                lambda module, args, out, path=path: dtypes.update({path: out.dtype})
-            )
+    for path in (family.first, family.last):
+        net.get_submodule(path).register_forward_hook(
+            lambda module, args, out, path=path: dtypes.update({path: out.dtype})
+        )
     x_t = noisy_tokens(pair)
-    u = pair.pixel(x_t, SIGMA, pair.text, GRID, floor=1e-6).detach()
+    # Times whose thousandfold bf16 can tell: some classes round them to the type of the trunk.
+    sigma = sigma_from_tau(torch.tensor([0.128, 0.512]), pair.s)
+    u = pair.pixel(x_t, sigma, pair.text, pair.grid, floor=1e-6).detach()
     assert u.dtype == torch.float32
-    assert dtypes.pop(family.last) == torch.float32
-    assert set(dtypes.values()) == {torch.bfloat16}
-    assert len(dtypes) == 2  # the first map and the text's
+    assert dtypes == {family.first: torch.bfloat16, family.last: torch.float32}
 
     exact = lifted_pair(name, dtype=torch.float32)
-    wanted = exact.pixel(x_t, SIGMA, exact.text, GRID, floor=1e-6).detach()
+    wanted = exact.pixel(x_t, sigma, exact.text, exact.grid, floor=1e-6).detach()
     error = float((u - wanted).norm() / wanted.norm())
     assert 1e-4 < error < 0.1  # bf16 has 8 bits
 
@@ -82,7 +82,7 @@ def test_a_mixed_checkpoint_runs_under_autocast(name):
     outputs = []
     for dtype in (torch.float32, torch.bfloat16):
         text = tiny_text(name, 2, dtype=dtype)
-        outputs.append(pair.pixel(noisy_tokens(pair), SIGMA, text, GRID, floor=1e-6))
+        outputs.append(pair.pixel(noisy_tokens(pair), SIGMA, text, pair.grid, floor=1e-6))
         outputs[-1].square().mean().backward()
         assert outputs[-1].dtype == torch.float32
     assert (outputs[0] - outputs[1]).norm() < 0.05 * outputs[0].norm()
@@ -118,8 +118,8 @@ def test_float32_maps_reach_a_wrapped_module():
 def test_float64_stays_float64(name):
     pair = lifted_pair(name)
     text = tiny_text(name, 2, dtype=torch.float32)  # cast to what the network computes in
-    u = pair.pixel(noisy_tokens(pair), SIGMA, text, GRID, floor=1e-6)
-    v = pair.latent(noisy_tokens(pair) @ pair.A, SIGMA.double(), text, GRID)
+    u = pair.pixel(noisy_tokens(pair), SIGMA, text, pair.grid, floor=1e-6)
+    v = pair.latent(noisy_tokens(pair) @ pair.A, SIGMA.double(), text, pair.grid)
     assert u.dtype == v.dtype == torch.float64
 
 
@@ -127,7 +127,7 @@ def test_float64_stays_float64(name):
 def test_a_bf16_network_without_autocast_gets_bf16(name):
     pair = lifted_pair(name, dtype=torch.float32)
     pair.pixel.net.to(torch.bfloat16)
-    u = pair.pixel(noisy_tokens(pair), SIGMA, pair.text, GRID, floor=1e-6)
+    u = pair.pixel(noisy_tokens(pair), SIGMA, pair.text, pair.grid, floor=1e-6)
     assert u.dtype == torch.float32 and u.isfinite().all()
 
 
@@ -135,16 +135,16 @@ def test_the_algebra_is_float32_inside_a_callers_autocast():
     pair = lifted_pair("flux2", dtype=torch.float32)
     x_t = noisy_tokens(pair)
     with torch.no_grad():
-        plain = pair.pixel(x_t, SIGMA, pair.text, GRID, floor=1e-6)
+        plain = pair.pixel(x_t, SIGMA, pair.text, pair.grid, floor=1e-6)
         with torch.autocast("cpu", torch.bfloat16):
-            inside = pair.pixel(x_t, SIGMA, pair.text, GRID, floor=1e-6)
+            inside = pair.pixel(x_t, SIGMA, pair.text, pair.grid, floor=1e-6)
     assert torch.equal(plain, inside)
 
 
 def test_a_rounded_basis_is_noticed():
     pair = lifted_pair("flux2", dtype=torch.float32)
     with pytest.raises(AssertionError, match=r"A was rounded to torch\.bfloat16"):
-        pair.pixel.to(torch.bfloat16)(noisy_tokens(pair), SIGMA, pair.text, GRID, floor=1e-6)
+        pair.pixel.to(torch.bfloat16)(noisy_tokens(pair), SIGMA, pair.text, pair.grid, floor=1e-6)
 
 
 def test_the_state_dict_is_the_transformers_own():
@@ -156,9 +156,9 @@ def test_the_state_dict_is_the_transformers_own():
 def test_the_floor_bounds_the_complement():
     pair = lifted_pair("flux2")
     g = torch.Generator().manual_seed(1)
-    x_t = torch.randn(2, NUM, pair.geometry.D, generator=g, dtype=torch.float64)
+    x_t = torch.randn(2, math.prod(pair.grid), pair.geometry.D, generator=g, dtype=torch.float64)
     low, high = (
-        pair.pixel(x_t, torch.full((2,), 1e-5), pair.text, GRID, floor=floor).detach()
+        pair.pixel(x_t, torch.full((2,), 1e-5), pair.text, pair.grid, floor=floor).detach()
         for floor in (1e-5, 1e-3)
     )
     outside = [u - project(u, pair.A) for u in (low, high)]
@@ -176,7 +176,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, precision):
         if checkpointing:
             net.enable_gradient_checkpointing()
         pair.pixel(
-            noisy_tokens(pair), SIGMA, pair.text, GRID, floor=1e-6
+            noisy_tokens(pair), SIGMA, pair.text, pair.grid, floor=1e-6
         ).square().mean().backward()
         return {path: p.grad for path, p in net.named_parameters() if p.grad is not None}
 
@@ -191,8 +191,8 @@ def test_all_that_a_recipe_trains_gets_a_gradient(name):
     pair = lifted_pair(name, dtype=torch.float32, precision=torch.bfloat16)
     family, net = FAMILIES[name], pair.pixel.net
     g = torch.Generator().manual_seed(1)
-    x_t = torch.randn(2, NUM, pair.geometry.D, generator=g)
-    pair.pixel(x_t, SIGMA, pair.text, GRID, floor=1e-6).square().mean().backward()
+    x_t = torch.randn(2, math.prod(pair.grid), pair.geometry.D, generator=g)
+    pair.pixel(x_t, SIGMA, pair.text, pair.grid, floor=1e-6).square().mean().backward()
     for path in (family.first, family.last, family.final_norm):
         for weight in net.get_submodule(path).parameters():
             assert weight.grad is not None and weight.grad.any(), path

@@ -1,5 +1,6 @@
 """The reference branch stays the converted model, bit for bit, whatever the student learns."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -11,9 +12,8 @@ from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.reference import Twin, as_reference
 from asymlift.model.trainable import Adapters, train_parts
 from asymlift.runtime.parameters import Trainable
-from tests.tiny import GRID, Pair, lifted_pair
+from tests.tiny import Pair, lifted_pair
 
-NUM = GRID[0] * GRID[1]
 SIGMA = torch.tensor([0.2, 0.9])
 ROLES = ["first", "last", "final_norm"]
 
@@ -38,11 +38,11 @@ def prepared(
 
 def noisy_tokens(pair: Pair) -> Tensor:
     g = torch.Generator().manual_seed(0)
-    return torch.randn(2, NUM, pair.geometry.D, generator=g)
+    return torch.randn(2, math.prod(pair.grid), pair.geometry.D, generator=g)
 
 
 def velocity(pair: Pair) -> Tensor:
-    return pair.pixel(noisy_tokens(pair), SIGMA, pair.text, GRID, floor=1e-4)
+    return pair.pixel(noisy_tokens(pair), SIGMA, pair.text, pair.grid, floor=1e-4)
 
 
 def train(pair: Pair, trainable: Trainable, steps: int = 3) -> None:

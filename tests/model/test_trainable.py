@@ -1,5 +1,7 @@
 """What a recipe says trains, and nothing else, in float32 and under its own name."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from asymlift.model.trainable import (
     train_everything,
     train_parts,
 )
-from tests.tiny import GRID, lifted_pair, tiny_transformer
+from tests.tiny import lifted_pair, tiny_transformer
 
 ROLES = ["first", "last", "final_norm"]
 
@@ -102,12 +104,12 @@ def test_what_trains_is_float32_and_everything_else_keeps_its_dtype(name):
 def test_nothing_has_changed_before_the_first_step(name):
     pair = lifted_pair(name, dtype=torch.float32)
     g = torch.Generator().manual_seed(0)
-    x_t = torch.randn(2, GRID[0] * GRID[1], pair.geometry.D, generator=g)
+    x_t = torch.randn(2, math.prod(pair.grid), pair.geometry.D, generator=g)
     sigma = torch.tensor([0.3, 0.8])
     with torch.no_grad():
-        before = pair.pixel(x_t, sigma, pair.text, GRID, floor=1e-4)
+        before = pair.pixel(x_t, sigma, pair.text, pair.grid, floor=1e-4)
         as_published(pair.pixel.net, name)
-        assert torch.equal(pair.pixel(x_t, sigma, pair.text, GRID, floor=1e-4), before)
+        assert torch.equal(pair.pixel(x_t, sigma, pair.text, pair.grid, floor=1e-4), before)
 
 
 def test_adapters_begin_gaussian_and_zero_and_follow_the_seed():

@@ -1,0 +1,43 @@
+"""The latents of video VAEs that read a picture as one frame: Qwen-Image, Wan.
+
+They are normalised by a mean and a deviation of each channel, which stand in the config.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymlift.families.base import Config, setting
+
+
+def vae_factor(config: Config) -> int:
+    """Return f: every level but the last halves the picture."""
+    return int(2 ** len(setting(config, "temperal_downsample")))
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, image: Tensor) -> Tensor:
+    """Turn an image in [-1, 1] into the latent (B, C, h, w) that the transformer denoises."""
+    frame = image.to(vae.dtype).unsqueeze(2)  # (B, 3, 1, H, W)
+    raw = vae.encode(frame).latent_dist.mode().squeeze(2).float()
+    mean, std = _statistics(vae, raw)
+    z: Tensor = (raw - mean) / std
+    return z
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, z: Tensor) -> Tensor:
+    """Turn a latent of the transformer into an image in [-1, 1]."""
+    mean, std = _statistics(vae, z)
+    raw = (z * std + mean).to(vae.dtype).unsqueeze(2)
+    image: Tensor = vae.decode(raw).sample.squeeze(2)
+    return image.clamp(-1, 1)
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (
+        torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
