@@ -5,6 +5,7 @@ Prints one JSON document: what the steps told, at the ZeRO stages named on the c
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from asymlift.runtime.signals import StopRequest
 from asymlift.stages.finetune.ledger import Ledger
 from asymlift.stages.finetune.model import assemble_step
 from asymlift.stages.finetune.step import Trainer
-from tests.families.case import CHANNELS, LENGTH, WORDS
+from tests.families.case import case_of
 from tests.tiny import lifted_pair
 
 STRICT = {
@@ -35,7 +36,7 @@ STRICT = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
-GRID, BATCH, MICRO = (2, 3), 4, 2
+BATCH, MICRO = 4, 2
 COLOR = ColorCode("rgb", (0.5, 0.4, 0.6), 0.3)
 ASKED_IN = 2  # step, counted from 0
 LEVELS = (0.95, 0.7, 0.01, 0.02)  # of every step: the reference corrects none of the last two
@@ -44,31 +45,37 @@ LEVELS = (0.95, 0.7, 0.01, 0.02)  # of every step: the reference corrects none o
 class Data:
     """Samples by position, one of which may be broken in some steps; it is its own feed."""
 
-    def __init__(self, share: list[range], broken: set[int]) -> None:
-        self.share, self.broken = share, broken
+    def __init__(self, share: list[range], broken: set[int], name: str = "flux2") -> None:
+        self.share, self.broken, self.case = share, broken, case_of(name)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.case.height, self.case.width
 
     def step(self, step: int) -> StepSamples:
         micro = [[self.sample(step, at) for at in positions] for positions in self.share]
-        return StepSamples(0, list(micro), [(8 * GRID[0], 8 * GRID[1])] * len(micro))
+        return StepSamples(0, list(micro), [self.size] * len(micro))
 
     def sample(self, step: int, position: int) -> Sample:
         g = torch.Generator().manual_seed(derive(step, position))
-        latent = torch.randn(CHANNELS, 2 * GRID[0], 2 * GRID[1], generator=g)
+        sizes = self.case.sizes
+        cells = (side // sizes.vae_factor for side in self.size)
+        latent = torch.randn(sizes.channels, *cells, generator=g)
         if step in self.broken and position == 0:
             latent[0, 0, 0] = torch.nan
         return Sample(
             f"{step}-{position}",
-            torch.randint(0, 256, (3, 8 * GRID[0], 8 * GRID[1]), generator=g, dtype=torch.uint8),
+            torch.randint(0, 256, (3, *self.size), generator=g, dtype=torch.uint8),
             "",
             latent=latent,
-            text={"encoder_hidden_states": torch.randn(LENGTH, WORDS, generator=g)},
+            text=self.case.sample(partial(torch.randn, generator=g), 0),
         )
 
     def epoch(self, step: int, read: StepSamples) -> float:
         return 0.0
 
 
-def settings_for(stage: int) -> FinetuneSection:
+def settings_for(stage: int, **changes: Any) -> FinetuneSection:
     return FinetuneSection.model_validate(
         {
             "batch": BATCH,
@@ -82,13 +89,17 @@ def settings_for(stage: int) -> FinetuneSection:
             "ema": None,
             "variance_every": 2,
             "max_skipped": 2,
+            **changes,
         }
     )
 
 
-def trainer_for(stage: int, ranks: Ranks, folder: Path) -> Trainer:
-    settings, family = settings_for(stage), FAMILIES["flux2"]
-    pair = lifted_pair("flux2", dtype=torch.float32)
+def trainer_for(
+    stage: int, ranks: Ranks, folder: Path, name: str = "flux2", **changes: Any
+) -> Trainer:
+    settings, family = settings_for(stage, **changes), FAMILIES[name]
+    precision = torch.bfloat16 if settings.precision == "bfloat16" else None
+    pair = lifted_pair(name, dtype=torch.float32, precision=precision)
     pair.pixel.net.requires_grad_(False)
     module, trainable = assemble_step(settings, family, lambda: pair.pixel, COLOR.decode, None)
     use = settings.optimizer
@@ -111,14 +122,14 @@ def trainer_for(stage: int, ranks: Ranks, folder: Path) -> Trainer:
         pair.geometry,
         COLOR,
         torch.device("cpu"),
-        null_text={"encoder_hidden_states": torch.zeros(LENGTH, WORDS)},
+        null_text=case_of(name).sample(torch.zeros, 0),
         caption_dropout=0.0,
         draw_sigma=levels,
         encode_latents=None,
         encode_captions=None,
     )
     ledger = Ledger(folder / str(stage), ranks, 0.01)
-    data: Any = Data([], set())
+    data: Any = Data([], set(), name)
     trainer = Trainer(settings, engine, None, maker, data, ledger, lambda text: None)
     data.share = trainer.share
     return trainer
