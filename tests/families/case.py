@@ -97,6 +97,12 @@ def case_of(name: str) -> Case:
     return case
 
 
+def published_net(transformer: str, published: Published) -> Any:
+    """The class at full size on the meta device: shapes, nothing to hold."""
+    with torch.device("meta"):
+        return getattr(third_party.library("diffusers"), transformer)(**published.transformer)
+
+
 # -- pieces that several cases share
 
 SMALL_VAE: dict[str, Any] = {  # AutoencoderKL, 4 times down

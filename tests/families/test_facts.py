@@ -14,7 +14,7 @@ from asymlift.families import FAMILIES, find_family
 from asymlift.families.base import Geometry, matching_modules
 from asymlift.families.flux2 import DEFAULT_STEPS
 from asymlift.runtime import third_party
-from tests.families.case import FOUR_LEVELS, Published, case_of
+from tests.families.case import FOUR_LEVELS, case_of, published_net
 from tests.tiny import (
     lifted_pair,
     tiny_pipeline,
@@ -28,7 +28,7 @@ def test_published_checkpoints_have_the_paths_and_sizes_that_are_stated(name):
     """The class at full size, without weights: a user's checkpoint is this one."""
     family = FAMILIES[name]
     for published in case_of(name).published:
-        net = published_net(name, published)
+        net = published_net(family.transformer, published)
         sizes = family.geometry(dict(net.config), published.vae)
         assert (sizes.d, sizes.D) == (published.d, published.D)
         for path in family.first_maps:
@@ -37,12 +37,6 @@ def test_published_checkpoints_have_the_paths_and_sizes_that_are_stated(name):
         assert len(net.get_submodule(family.last).weight) >= sizes.d
         assert any(p.numel() for p in net.get_submodule(family.final_norm).parameters())
         assert matching_modules(net, family.lora_targets)
-
-
-def published_net(name: str, published: Published) -> Any:
-    kind = getattr(third_party.library("diffusers"), FAMILIES[name].transformer)
-    with torch.device("meta"):
-        return kind(**published.transformer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
