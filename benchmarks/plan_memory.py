@@ -3,7 +3,8 @@
 Each case is a real update of a model of about 55 M random numbers, with the engine, the losses and
 the average of a finetune; cases of as many ranks share fresh processes, one after another.
 `tensors` is the highest sum of the bytes of all tensors of rank 0, counted by storage (on a GPU:
-what torch says it allocated); the plan, without its margin, is compared with that. `rss` is how far
+what torch says it allocated); the plan, without its margin, is compared with that. `showing` is
+what it takes besides to let the weights and their average change places. `rss` is how far
 the peak resident memory grew over that before the model was built, with an allocator that gives
 back what is freed; it also holds what libraries take for themselves, and not what is never written
 to: gradients travel through a buffer that this model does not fill.
@@ -196,12 +197,18 @@ def one_update(recipe: Any, ranks: Any, device: Any, bucket: int) -> dict[str, A
                 engine.micro_step_done()
         engine.update(dict.fromkeys(set(trainable.roles.values()), 1e-4), 1.0)
         ema.update(0.9)
-    peak = live.peak if device.type == "cpu" else torch.cuda.max_memory_allocated()
+        peak = live.peak if device.type == "cpu" else torch.cuda.max_memory_allocated()
+        engine.inner.zero_grad()
+        gc.collect()
+        live.restart()
+        before_showing = live.live
+        with engine.showing(ema.shards, ema.owners):
+            showing = live.peak - before_showing
     grown = resident("VmHWM") - before
     for _, storage in list(live.sizes.values()):  # DeepSpeed keeps its engines for ever
         if (one := storage()) is not None and one.resizable():
             one.resize_(0)
-    return {"tensors": peak, "rss": grown, "device": device.type}
+    return {"tensors": peak, "showing": showing, "rss": grown, "device": device.type}
 
 
 def resident(name: str) -> int:
@@ -293,6 +300,7 @@ def predicted(values: dict[str, Any], ranks: int, bucket: int = BUCKET) -> dict[
     memory = planner.own
     return {
         "tensors": memory.highest,
+        "showing": planner.exchange(recipe.finetune),
         "resident": {name: size for name, size in memory.resident.items() if size},
         "phases": memory.phases,
     }

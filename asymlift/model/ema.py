@@ -60,7 +60,7 @@ class Ema:
 
 
 class Shown(Mapping[str, Tensor]):
-    """What a rank needs to show the average: of every parameter what it holds of the weight.
+    """What a rank needs to save the average: of every parameter what it holds of the weight.
 
     One tensor is sent at a time: every rank has to read all of them, in the same order.
     """

@@ -128,22 +128,52 @@ class EngineState:
     # --- other weights for a while ----------------------------------------------------------------
 
     @contextmanager
-    def showing(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the next forward reads these weights; what is updated is untouched."""
-        before = {name: local_shard(self.trainable.parameters[name]).clone() for name in shards}
+    def showing(
+        self, shards: Mapping[str, Tensor], owners: Mapping[str, int] | None = None
+    ) -> Iterator[None]:
+        """Inside, the next forward reads these weights; what is updated is untouched.
+
+        There is no second copy: `shards` holds the model's own weights meanwhile. What has an owner
+        lies in the `shards` of that rank alone, which sends it to the others: every rank has to
+        enter and leave. An error ends a run, maybe on one rank alone, so no rank is waited for
+        then, and only what is held here is put back.
+        """
+        owners = owners or {}
+        names = [name for name in self.trainable.parameters if name in {**shards, **owners}]
+        exchanged: list[str] = []
         try:
-            self.show_shards(shards)
+            for name in names:
+                self.exchange(name, shards)
+                exchanged.append(name)
+                self.tell(name, owners)
             yield
-        finally:
-            self.show_shards(before)
+        except BaseException:
+            for name in exchanged:
+                self.exchange(name, shards)
+            raise
+        for name in names:
+            self.exchange(name, shards)
+            self.tell(name, owners)
 
     @torch.no_grad()
-    def show_shards(self, shards: Mapping[str, Tensor]) -> None:
-        for name, shard in shards.items():
-            parameter = self.trainable.parameters[name]
-            local_shard(parameter).copy_(shard)
-            if stays_whole(parameter):
-                parameter.data.copy_(self.whole(name, shard))
+    def exchange(self, name: str, shards: Mapping[str, Tensor]) -> None:
+        """A weight for what lies in `shards`, to the last bit: both are float32."""
+        if name in shards:
+            weight, other = local_shard(self.trainable.parameters[name]), shards[name]
+            assert weight.dtype == other.dtype, f"{name}: {other.dtype} for {weight.dtype}"
+            kept = weight.clone()
+            weight.copy_(other)
+            other.copy_(kept)
+
+    @torch.no_grad()
+    def tell(self, name: str, owners: Mapping[str, int]) -> None:
+        """Bring a weight to what else holds it: other ranks, and a whole beside the shards."""
+        parameter = self.trainable.parameters[name]
+        local = local_shard(parameter)
+        if name in owners:
+            td.broadcast(local, owners[name])
+        if stays_whole(parameter):
+            parameter.data.copy_(self.whole(name, local))
 
 
 def key_of(moment: str) -> str:

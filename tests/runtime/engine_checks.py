@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from asymlift.maths.muon import adamw_scale, orthogonalize
+from asymlift.model.footprint import LiveBytes
 from asymlift.runtime import dist
 from asymlift.runtime.engine import Engine, EngineSettings, Offload
 from asymlift.runtime.engine_state import Read
 from asymlift.runtime.optimizers import Kind, OptimizerSettings
-from asymlift.runtime.parameters import Trainable
+from asymlift.runtime.parameters import Trainable, local_shard
 
 # Small models stay whole under ZeRO-3 unless these are 0, and that hides bugs.
 STRICT = {
@@ -36,6 +37,7 @@ class Case:
     kind: Kind = "adamw"
     offload: Offload = "none"
     zero3: dict[str, int] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
 
 
 CASES = {
@@ -131,7 +133,7 @@ def width_of(kind: Kind) -> int:
 def engine_for(case: Case, seed: int, width: int = 0) -> Engine:
     module = Tiny(seed, width or width_of(case.kind))
     settings = EngineSettings(
-        case.stage, case.offload, 4, 2, optimizer_of(case.kind), None, case.zero3
+        case.stage, case.offload, 4, 2, optimizer_of(case.kind), case.autocast, case.zero3
     )
     return Engine(module, trainable_of(module), settings, dist.discover())
 
@@ -229,6 +231,43 @@ def one_at_a_time(tensors: dict[str, Tensor]) -> Read:
     return read
 
 
+class Unreadable(dict[str, Tensor]):
+    """Fails at the last of them, when the others have been read."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == list(self)[-1]:
+            raise RuntimeError
+        return super().__getitem__(name)
+
+
+def copies(engine: Engine, shards: dict[str, Tensor]) -> float:
+    """The most that showing takes beside what is there, over the largest tensor of this rank."""
+    held = [local_shard(parameter) for parameter in engine.trainable.parameters.values()]
+    with LiveBytes() as live:
+        live.ignore([*held, *engine.trainable.parameters.values(), *shards.values()])
+        with engine.showing(shards):
+            pass
+    return live.peak / max(-(-tensor.nbytes // live.block) * live.block for tensor in held)
+
+
+def shared_out(engine: Engine, other: dict[str, Tensor]) -> bool:
+    """Where each rank holds some of the tensors to show; and what an error leaves to its rank."""
+    world, rank = engine.ranks.world, engine.ranks.rank
+    owners = {name: number % world for number, name in enumerate(other)}
+    mine = {name: other[name].clone() for name in other if owners[name] == rank}
+    weights = snapshot(engine.weights)
+    with engine.showing(mine, owners):
+        shown = same(snapshot(engine.weights), other)
+    back = same(snapshot(engine.weights), weights)
+    try:
+        with engine.showing(mine, owners):
+            raise RuntimeError
+    except RuntimeError:
+        now = snapshot(engine.weights)
+        held = all(torch.equal(now[n], (weights if n in mine else other)[n]) for n in now)
+    return shown and back and held and all(torch.equal(mine[n], other[n]) for n in mine)
+
+
 def check(case: Case) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     width = width_of(case.kind)
@@ -258,18 +297,25 @@ def check(case: Case) -> dict[str, Any]:
     stranger = Tiny(5, width)
     other = {n: p.detach() for n, p in trainable_of(stranger).parameters.items()}
     loss = loss_of(engine)
-    shards = {name: engine.shard(name, value) for name, value in other.items()}
+    shards = {name: engine.shard(name, value).clone() for name, value in other.items()}
+    kept = {name: shard.clone() for name, shard in shards.items()}
+    facts["copies of the largest"] = copies(engine, shards)
     with engine.showing(shards):
         facts["shown"] = loss_of(engine) == stranger(batch(99))[0].item()
         facts["shown weights"] = same(snapshot(engine.weights), other)
     facts["loss afterwards"] = loss_of(engine) == loss
     facts["weights afterwards"] = same(snapshot(engine.weights), weights)
     facts["moments afterwards"] = same(snapshot(engine.moments), moments)
-    try:
-        with engine.showing(shards):
-            raise RuntimeError
-    except RuntimeError:
-        facts["weights after an error"] = same(snapshot(engine.weights), weights)
+    facts["shards afterwards"] = same(shards, kept)
+    for where in ("before", "inside"):
+        try:
+            with engine.showing(Unreadable(shards) if where == "before" else shards):
+                raise RuntimeError
+        except RuntimeError:
+            weights_back, shards_back = same(snapshot(engine.weights), weights), same(shards, kept)
+            facts[f"after an error {where}"] = weights_back and shards_back
+    facts["shared out"] = case.stage == 3 or shared_out(engine, other)
+    engine.set_weights(weights.__getitem__)  # wholes beside shards are not put back
     with engine.showing({}):
         facts["showing nothing"] = loss_of(engine) == loss
 
@@ -350,6 +396,18 @@ def converted() -> dict[str, float]:
     }
 
 
+def exchanged(stage: int) -> bool:
+    """In a run in bf16: weights change places with float32 only if they are float32 too."""
+    engine = engine_for(Case(stage, zero3=STRICT if stage == 3 else {}, autocast=torch.bfloat16), 0)
+    shards = {n: local_shard(p).float().clone() for n, p in engine.trainable.parameters.items()}
+    given = snapshot(engine.weights)
+    update(engine, 0, 0.0, rates_at(0))
+    moved = snapshot(engine.weights)
+    with engine.showing(shards):
+        shown = same(snapshot(engine.weights), given)
+    return shown and same(snapshot(engine.weights), moved) and not same(moved, given)
+
+
 def available(names: list[str]) -> dict[str, Case]:
     cases = CASES | (EIGHT_BIT if HAS_8_BIT else {})
     return {name: cases[name] for name in names if name in cases}
@@ -364,6 +422,7 @@ def everything() -> dict[str, Any]:
     facts: dict[str, Any] = {name: check(case) for name, case in cases.items()}
     facts["cross"] = {kind: cross(available(names)) for kind, names in CROSSED.items()}
     facts["converted"] = converted() if alone and HAS_8_BIT else None
+    facts["exchanged in bf16"] = [exchanged(stage) for stage in range(4)]
     values = torch.tensor([1.0, 2.0])
     facts["dist"] = {
         "summed": dist.summed(values).tolist(),

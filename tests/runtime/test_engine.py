@@ -115,7 +115,24 @@ def test_whole_and_shard_are_inverses(facts):
 def test_shown_weights_are_what_the_forward_reads_and_go_without_a_trace(facts):
     assert facts["shown"] and facts["shown weights"] and facts["showing nothing"]
     assert facts["loss afterwards"] and facts["weights afterwards"]
-    assert facts["moments afterwards"] and facts["weights after an error"]
+    assert facts["moments afterwards"] and facts["shards afterwards"]
+    assert facts["after an error before"] and facts["after an error inside"]
+
+
+def test_tensors_to_show_may_lie_on_several_ranks(facts):
+    """An error waits for no rank: what others hold stays as it is shown."""
+    assert facts["shared out"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_of_a_run_in_bf16_come_back_to_the_last_bit(documents, ranks):
+    """They are float32, as their average is, at every stage."""
+    assert documents[ranks]["exchanged in bf16"] == [True] * 4
+
+
+def test_showing_takes_one_tensor_and_no_second_copy(facts):
+    """What stays whole under ZeRO-3 is small, and is gathered anew."""
+    assert 0 < facts["copies of the largest"] <= (5 if "persistent" in facts["name"] else 1)
 
 
 def test_the_state_in_another_engine_goes_on_to_the_last_bit(facts):

@@ -53,8 +53,9 @@ def test_a_plan_is_within_15_percent_of_a_real_step(tmp_path):
     }
     cases["full"]["finetune"]["loss"] |= {"perceptual": None}
     for name, real in measured(cases, 1, bucket=100_000):
-        said = predicted(cases[name], 1, bucket=100_000)["tensors"]
-        assert said == pytest.approx(real["tensors"], rel=0.15), name
+        said = predicted(cases[name], 1, bucket=100_000)
+        assert said["tensors"] == pytest.approx(real["tensors"], rel=0.15), name
+        assert said["showing"] == real["showing"], name
 
 
 def test_the_report_marks_the_recipes_own_setting_and_adds_up(tmp_path):
@@ -127,6 +128,29 @@ def test_a_config_alone_is_enough(tmp_path):
     found, whole = blueprint_of(bare), blueprint_of(recipe)
     assert "no weights there" in found.source
     assert Planner(bare, found, 1).own.phases == Planner(recipe, whole, 1).own.phases
+
+
+@pytest.mark.parametrize("stage, shared", [(0, 1), (2, 1), (3, 4)])
+def test_previews_or_validation_take_the_largest_tensor_to_show_the_average(
+    tmp_path, stage, shared
+):
+    """Not a second copy of the weights; and nothing where there is no average."""
+    preview, validation = {"every": 1, "prompts": ["a disc"]}, {"every": 1, "samples": 2}
+    zero, phase = {"stage": stage}, "showing the average"
+
+    def phases(**finetune):
+        values = small(tmp_path, zero=zero, train="full", **finetune)
+        values["data"]["validation"] = values["data"]["train"]
+        recipe = check_recipe(values, "small recipe")
+        planner = Planner(recipe, blueprint_of(recipe), 4)
+        return planner.own.phases, planner.weights(recipe.finetune)
+
+    alone, weights = phases(preview=None, validation=None)
+    assert phase not in alone
+    for use in ({"preview": preview}, {"preview": None, "validation": validation}):
+        found, _ = phases(**use)
+        assert found[phase] == -(-4 * weights.largest // shared) < 4 * weights.trained / 5
+        assert phase not in phases(**use, ema=None)[0]
 
 
 def run(tmp_path: Path, *options: str, base: str = "embedded:tiny"):

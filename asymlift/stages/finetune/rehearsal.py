@@ -7,7 +7,7 @@ optimizer remembers is emptied, the average is not updated, and what is written 
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,7 +67,6 @@ class Rehearsal:
     step: TrainingStep
     previews: Previews | None
     validation: Validation | None
-    shown: Mapping[str, Tensor]  # the weights that previews and validation use
     facts: dict[str, Any]  # of a checkpoint
 
     def run(self, steps: int) -> list[str]:
@@ -88,12 +87,12 @@ class Rehearsal:
         return [*phases, Phase("a checkpoint", self.checkpoint)]
 
     def preview(self, previews: Previews) -> None:
-        with self.state.engine.showing(self.shown):
+        with self.state.showing_average():
             previews.rehearse(self.step.student)
 
     def validate(self, validation: Validation) -> None:
         largest = max(validation.mine, key=lambda sample: sample.image.numel())
-        with self.state.engine.showing(self.shown), torch.no_grad(), evaluating(self.step):
+        with self.state.showing_average(), torch.no_grad(), evaluating(self.step):
             validation.losses(self.step, self.trainer.maker, largest)
 
     def checkpoint(self) -> None:

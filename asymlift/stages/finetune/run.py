@@ -6,7 +6,7 @@ checkpoint holds.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from asymlift.artifacts.checkpoint import Checkpoint, step_folder
 from asymlift.artifacts.files import plural
@@ -330,7 +329,7 @@ class Run:
         if self.validation is None or not self.validation.is_due(step, self.settings.steps):
             return {}
         watch.at(step, "validating")
-        with self.engine.showing(self.shown):
+        with self.state.showing_average():
             return self.validation.measure(self.step_module, self.maker)
 
     def show_what_is_due(self, step: int, journal: Journal | None) -> None:
@@ -352,13 +351,8 @@ class Run:
         """Pictures of the averaged weights, which sit in the model only while they are made."""
         assert self.previews is not None
         watch.at(step, "drawing previews")
-        with self.engine.showing(self.shown):
+        with self.state.showing_average():
             self.previews.show(step, self.step_module.student)
-
-    @property
-    def shown(self) -> Mapping[str, Tensor]:
-        """The weights that pictures are made with: the average, if there is one."""
-        return self.ema.shown if self.ema else {}
 
     # --- state --------------------------------------------------------------------------------
 
@@ -414,7 +408,6 @@ class Run:
             self.step_module,
             self.previews,
             self.validation,
-            self.shown,
             self.facts(),
         )
         if lines := rehearsal.run(self.settings.steps - begin):

@@ -6,6 +6,7 @@ It is keyed by parameter name and whole, so it fits any ZeRO stage and any numbe
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ class TrainingState:
         if self.ema is not None:
             for name, held in self.ema.shown.items():
                 yield name, self.engine.whole(name, held)
+
+    def showing_average(self) -> AbstractContextManager[None]:
+        """Inside, pictures are made and losses measured with the average, if there is one."""
+        ema = self.ema
+        return nullcontext() if ema is None else self.engine.showing(ema.shards, ema.owners)
 
     # --- saving -----------------------------------------------------------------------------------
 

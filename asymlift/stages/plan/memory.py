@@ -231,8 +231,9 @@ class Planner:
             "update": zero.update,
         }
         if settings.preview is not None:
-            shown = zero.trained + (average if settings.zero.stage < 3 else 0) // max(self.world, 1)
-            phases["previews"] = self.sampling(settings) + shown + zero.gathered
+            phases["previews"] = self.sampling(settings) + zero.gathered
+        if settings.ema is not None and (settings.preview or settings.validation):
+            phases["showing the average"] = self.exchange(settings)
         base = sum(built.frozen.values()) if settings.preview else 0
         comes_and_goes = max(phases.values())
         on_gpu = self.device == "cuda"
@@ -255,6 +256,11 @@ class Planner:
         large = whole > LARGE
         wanted = settings.ema.shard == "always" or (settings.ema.shard == "auto" and large)
         return -(-whole // self.world) if settings.zero.stage == 3 or wanted else whole
+
+    def exchange(self, settings: FinetuneSection) -> int:
+        """The average and the weights change places one tensor at a time."""
+        largest = 4 * self.weights(settings).largest
+        return -(-largest // self.world) if settings.zero.stage == 3 else largest
 
     def loading(self, settings: FinetuneSection) -> int:
         """What a rank's host holds before weights are on the device: a full run's, in float32."""
