@@ -385,12 +385,19 @@ class SampleSection(Section):
     steps: PositiveInt = 38
     guidance: NonNegativeFloat = 4.0
     orthogonal: NonNegativeFloat = 1.0
+    renorm: bool = False  # guidance keeps the length of tokens, as Qwen-Image's pipeline does
     clamp: bool = True
     shift: PositiveFloat | Literal["sqrt_pixels", "base"] = "sqrt_pixels"
     height: PositiveInt = 1024
     width: PositiveInt = 1024
     batch: PositiveInt = 4
     seed: int = 0
+
+    @model_validator(mode="after")
+    def guidance_is_tamed_once(self) -> Self:
+        if self.renorm and self.orthogonal:
+            raise ValueError("renorm: true takes the place of `orthogonal`; set orthogonal: 0")
+        return self
 
 
 def plain_name(name: str) -> str:

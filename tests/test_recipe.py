@@ -59,6 +59,7 @@ def test_a_minimal_recipe_has_the_published_constants(recipe_file):
         ("finetune.zero.stage=4", "finetune.zero.stage: input should be less than or equal to 3"),
         ("finetune.zero={stage: 0, offload: optimizer}", "stage 0 partitions nothing"),
         ("finetune.zero={stage: 2, offload: all}", "offload: all needs stage 3"),
+        ("sample.renorm=true", "renorm: true takes the place of `orthogonal`"),
         ("finetune={optimizer: {kind: adamw_8bit}, zero: {offload: optimizer}}", "use kind: adamw"),
         ("finetune={compile: true, zero: {stage: 3}}", "compile: at zero.stage 3 weights come"),
         ("finetune.optimizer.kind=lion", "input should be 'adamw', 'adamw_8bit' or 'muon'"),

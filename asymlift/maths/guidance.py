@@ -29,6 +29,17 @@ def guide(
     return u_pos + correction - orthogonal * along * x0_pos
 
 
+def renormalised_guidance(v_pos: Tensor, v_neg: Tensor, *, scale: float) -> Tensor:
+    """Classifier-free guidance whose every token is as long as the positive branch's.
+
+    Both are (B, N, width) as the network says them. In pixels that is u_a, where a lifted model's
+    tokens are as long as the latent ones; velocities are longer by their part outside the subspace.
+    """
+    guided = v_neg + scale * (v_pos - v_neg)
+    longer: Tensor = guided.norm(dim=-1, keepdim=True) / v_pos.norm(dim=-1, keepdim=True)
+    return guided / longer
+
+
 def clamp_denoised(
     u: Tensor,
     x_t: Tensor,

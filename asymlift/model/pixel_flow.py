@@ -65,13 +65,21 @@ class PixelFlow(nn.Module):
         self, x_t: Tensor, sigma: Tensor, text: Text, grid: Grid, *, floor: float
     ) -> Tensor:
         """Return u = eps - x0, (B, N, D), in the dtype of A: float32. sigma is (B,)."""
+        return self.recover(self.predict(x_t, sigma, text, grid), x_t, sigma, floor=floor)
+
+    def predict(self, x_t: Tensor, sigma: Tensor, text: Text, grid: Grid) -> Tensor:
+        """Return u_a, what the network itself says, (B, N, D), in the dtype of A."""
         assert self.A.dtype in (torch.float32, torch.float64), f"A was rounded to {self.A.dtype}"
         with torch.autocast(x_t.device.type, enabled=False):
-            x_t = x_t.to(self.A.dtype)  # (B, N, D)
+            k, tau = calibrate(sigma.to(self.A.dtype).view(-1, 1, 1), self.s)
+            tokens = k * x_t.to(self.A.dtype)
+            return _velocity(self, tokens, tau.flatten(), text, grid).to(self.A.dtype)
+
+    def recover(self, u_a: Tensor, x_t: Tensor, sigma: Tensor, *, floor: float) -> Tensor:
+        """Return the velocity u = eps - x0 that this u_a stands for."""
+        with torch.autocast(x_t.device.type, enabled=False):
             level = sigma.to(self.A.dtype).view(-1, 1, 1)
-            k, tau = calibrate(level, self.s)
-            u_a = _velocity(self, k * x_t, tau.flatten(), text, grid).to(self.A.dtype)
-            return recover_velocity(u_a, x_t, self.A, self.s, level, floor=floor)
+            return recover_velocity(u_a, x_t.to(self.A.dtype), self.A, self.s, level, floor=floor)
 
 
 def _velocity(flow: Any, tokens: Tensor, tau: Tensor, text: Text, grid: Grid) -> Tensor:

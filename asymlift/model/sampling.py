@@ -15,7 +15,7 @@ from asymlift.data.order import generator
 from asymlift.errors import BadData, BadRecipe
 from asymlift.families.base import Geometry, Text
 from asymlift.maths.color import ColorCode
-from asymlift.maths.guidance import clamp_denoised, guide
+from asymlift.maths.guidance import clamp_denoised, guide, renormalised_guidance
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.maths.schedule import pixel_shift, shift_for_pixels, sigma_grid
 from asymlift.maths.solver import OnStep, Velocity, euler, heun
@@ -35,6 +35,7 @@ class SampleSettings:
     steps: int = 38
     guidance: float = 4.0  # 1 is none, and saves the second forward pass
     orthogonal: float = 1.0  # share of the guidance along the predicted image that is removed
+    renorm: bool = False  # instead, each token of the network's answer keeps its length
     clamp: bool = True  # predicted images are clamped to the range of pictures, pixels only
     shift: Shift = "sqrt_pixels"
     floor: float = 1e-4  # no division by a noise level below this
@@ -48,6 +49,10 @@ class PixelVelocity(Protocol):
     def __call__(
         self, x_t: Tensor, sigma: Tensor, text: Text, grid: tuple[int, int], *, floor: float
     ) -> Tensor: ...
+
+    def predict(self, x_t: Tensor, sigma: Tensor, text: Text, grid: tuple[int, int]) -> Tensor: ...
+
+    def recover(self, u_a: Tensor, x_t: Tensor, sigma: Tensor, *, floor: float) -> Tensor: ...
 
 
 class LatentVelocity(Protocol):
@@ -136,10 +141,15 @@ def solve_pixels(
 
     def predict(x_t: Tensor, sigma: Tensor, condition: Text) -> Tensor:
         levels = sigma.to(x_t).expand(len(x_t))
+        if settings.renorm:
+            return flow.predict(x_t, levels, condition, grid).to(x_t)
         return flow(x_t, levels, condition, grid, floor=settings.floor).to(x_t)
 
     def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
         u = _guided(predict, x_t, sigma, text, null_text, settings)
+        if settings.renorm:  # what was guided is u_a
+            levels = sigma.to(x_t).expand(len(x_t))
+            u = flow.recover(u, x_t, levels, floor=settings.floor).to(x_t)
         if not settings.clamp:
             return u
         return clamp_denoised(
@@ -187,13 +197,12 @@ def _guided(
     u = predict(x_t, sigma, text)
     if settings.guidance != 1:
         assert null_text is not None, "guidance needs the empty prompt"
-        u = guide(
-            u,
-            predict(x_t, sigma, null_text),
-            x_t - sigma * u,
-            scale=settings.guidance,
-            orthogonal=settings.orthogonal,
-        )
+        u_neg = predict(x_t, sigma, null_text)
+        if settings.renorm:
+            u = renormalised_guidance(u, u_neg, scale=settings.guidance)
+        else:
+            x0_pos = x_t - sigma * u
+            u = guide(u, u_neg, x0_pos, scale=settings.guidance, orthogonal=settings.orthogonal)
     if not u.isfinite().all():  # here, because clamping colours would hide it
         raise BadData(
             f"the network answers with NaN or infinity at noise level {sigma:.3f}. Its weights are "

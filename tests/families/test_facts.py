@@ -192,15 +192,19 @@ def test_the_flux2_pipelines_default_number_of_steps_is_ours():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_are_embedded_one_by_one_as_in_a_batch(name):
     """Order and padding do not leak between samples, and the empty prompt is a prompt."""
-    family, pipeline = FAMILIES[name], tiny_pipeline(name)
+    family, case, pipeline = FAMILIES[name], case_of(name), tiny_pipeline(name)
     prompts = ["a bee", "", "a disc"]
-    together = family.encode_prompt(pipeline, prompts, 12)
+    together = family.encode_prompt(pipeline, prompts, case.length)
     assert prompts == ["a bee", "", "a disc"]
     for prompt, sample in zip(prompts, together, strict=True):
-        (alone,) = family.encode_prompt(pipeline, [prompt], 12)
+        (alone,) = family.encode_prompt(pipeline, [prompt], case.length)
         for key, tensor in alone.items():
             torch.testing.assert_close(sample[key], tensor)
             assert not tensor.requires_grad
+    bee, _, disc = together
+    assert any(
+        a.shape != disc[key].shape or not torch.allclose(a, disc[key]) for key, a in bee.items()
+    ), "the prompt is cut off"
 
 
 @pytest.mark.parametrize(("name", "lengths"), [("flux2", 12), ("sd3", 28), ("zimage", None)])

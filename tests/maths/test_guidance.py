@@ -1,10 +1,10 @@
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from asymlift.maths.color import ColorCode
-from asymlift.maths.guidance import clamp_denoised, guide
+from asymlift.maths.guidance import clamp_denoised, guide, renormalised_guidance
 
 SHAPE = (3, 3, 4, 6)
 OKLAB = ColorCode("oklab", (0.56, 0.0, 0.01), 0.16)
@@ -25,6 +25,15 @@ def test_without_the_orthogonal_part_it_is_classifier_free_guidance():
     u_pos, u_neg, x0_pos = torch.randn(3, *SHAPE)
     u = guide(u_pos, u_neg, x0_pos, scale=4.0, orthogonal=0.0)
     assert_close(u, u_neg + 4 * (u_pos - u_neg))
+
+
+def test_renormalised_guidance_turns_tokens_and_keeps_their_length():
+    v_pos, v_neg = torch.randn(2, 3, 5, 7)
+    v = renormalised_guidance(v_pos, v_neg, scale=4.0)
+    assert_close(v.norm(dim=-1), v_pos.norm(dim=-1))
+    plain = v_neg + 4 * (v_pos - v_neg)
+    along = nn.functional.cosine_similarity(v, plain, dim=-1)
+    assert_close(along, torch.ones(3, 5))
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.3, 4.0])

@@ -26,6 +26,7 @@ from asymlift.model.sampling import (
     unipc,
 )
 from tests import tiny
+from tests.families.case import case_of
 
 GEOMETRY = Geometry(vae_factor=2, channels=3, patch=2)  # p = 4, D = 48, d = 12
 GRID = (2, 3)
@@ -59,11 +60,14 @@ class Lifted:
         self.latent, self.A, self.s = latent, A, s
 
     def __call__(self, x_t, sigma, text, grid, *, floor):
+        return self.recover(self.predict(x_t, sigma, text, grid), x_t, sigma, floor=floor)
+
+    def predict(self, x_t, sigma, text, grid):
         k, _ = calibrate(sigma[:, None, None], self.s)
-        v = self.latent(k * x_t @ self.A, tau_from_sigma(sigma, self.s), text, grid)
-        return recover_velocity(
-            v @ self.A.T, x_t, self.A, self.s, sigma[:, None, None], floor=floor
-        )
+        return self.latent(k * x_t @ self.A, tau_from_sigma(sigma, self.s), text, grid) @ self.A.T
+
+    def recover(self, u_a, x_t, sigma, *, floor):
+        return recover_velocity(u_a, x_t, self.A, self.s, sigma[:, None, None], floor=floor)
 
 
 def words(value, batch=2):
@@ -109,10 +113,11 @@ def test_a_lifted_network_draws_what_its_base_draws(name):
     pair = tiny.lifted_pair(name, s=1.7)
     null = tiny.tiny_text(name, 2, seed=9, dtype=torch.float64)
     settings = replace(EULER, guidance=3.0, orthogonal=1.0, steps=4, shift="base")
-    sigmas = noise_levels(settings, height=32, width=48, s=1.7, base_shift=3.0)
-    eps = pixel_noise(0, [0, 1], 32, 48, 8).double()
+    case, patch = case_of(name), pair.geometry.pixel_patch
+    sigmas = noise_levels(settings, height=case.height, width=case.width, s=1.7, base_shift=3.0)
+    eps = pixel_noise(0, [0, 1], case.height, case.width, patch).double()
 
-    x = solve_pixels(pair.pixel, eps, pair.text, null, sigmas, settings, COLOR, tiny.GRID)
+    x = solve_pixels(pair.pixel, eps, pair.text, null, sigmas, settings, COLOR, pair.grid)
     z = sample_latents(
         pair.latent,
         latent_noise(eps, pair.A),
@@ -120,7 +125,7 @@ def test_a_lifted_network_draws_what_its_base_draws(name):
         null,
         tau_from_sigma(sigmas, 1.7),
         settings,
-        tiny.GRID,
+        pair.grid,
     )
 
     low = 1.7 * z @ pair.A.T
@@ -144,6 +149,14 @@ def test_orthogonal_guidance_commutes_with_the_lift_only_where_the_latents_use_i
 
     assert difference(orthogonal, 2.5) < 1e-12
     assert difference(orthogonal, 2.5, latent_settings=replace(orthogonal, orthogonal=0.0)) > 1e-3
+
+
+def test_renormalised_guidance_commutes_with_the_lift():
+    """In u_a. Of the velocities themselves, whose complement counts too, it would not."""
+    renorm = replace(EULER, guidance=4.0, renorm=True, shift="base")
+
+    assert difference(renorm, 2.5) < 1e-12
+    assert difference(renorm, 2.5, latent_settings=replace(renorm, renorm=False)) > 1e-3
 
 
 def test_clamped_denoising_has_no_counterpart_in_latents():

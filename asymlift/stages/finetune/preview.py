@@ -63,6 +63,7 @@ def settings_of(use: SampleSection) -> SampleSettings:
         steps=use.steps,
         guidance=use.guidance,
         orthogonal=use.orthogonal,
+        renorm=use.renorm,
         clamp=use.clamp,
         shift=use.shift,
     )

@@ -51,6 +51,7 @@ CASE = Case(
             D=768,
         ),
     ),
+    length=160,  # of bytes: the template's own text comes before the prompt
     loose=frozenset({"encoder_hidden_states"}),
     raw_latent=encode_frame,
     decoded=decode_frame,
