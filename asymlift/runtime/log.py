@@ -4,11 +4,12 @@ Everything human goes to stderr; stdout is for the one JSON document of `--json`
 a live progress bar, anything else plain lines now and then.
 """
 
+import errno
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,28 @@ def keep_line(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8", opener=follow_no_link) as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(text)}\n")
+
+
+class Notes:
+    """Lines of JSON that a run writes down. Where the disk refuses them, that is said once."""
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self.path, self.tell, self.told = path, tell, False
+
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b", buffering=0, opener=follow_no_link) as file:
+                if file.seek(0, os.SEEK_END):  # a full disk may have cut the last line
+                    file.seek(-1, os.SEEK_END)
+                    data = data if file.read(1) == b"\n" else b"\n" + data
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self.told:
+                self.tell(f"{self.path}: {error.strerror}; training goes on without its lines")
+            self.told = True
 
 
 def kept(tell: Callable[[str], None], path: Path) -> Callable[[str], None]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
@@ -54,6 +55,28 @@ def test_a_warning_is_kept_where_the_screen_is_silent(capsys, tmp_path):
     assert capsys.readouterr().err == "warning: one\n"
     lines = (tmp_path / "logs" / "rank-1.log").read_text().splitlines()
     assert [line[20:] for line in lines] == ["one", "two"]
+
+
+def test_lines_that_a_full_disk_refuses_are_said_once_and_end_nothing(tmp_path, monkeypatch):
+    path, told = tmp_path / "logs" / "skipped-0.jsonl", []
+    notes = log.Notes(path, told.append)
+    notes.add([{"sample": "a"}, {"sample": "b"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "follow_no_link", lambda *_: os.open("/dev/full", os.O_RDWR))
+        for _ in range(2):
+            notes.add([{"sample": "c"}])
+    assert told == [f"{path}: No space left on device; training goes on without its lines"]
+    path.write_bytes(path.read_bytes()[:-3])  # as a disk leaves it that is almost full
+    notes.add([{"sample": "d"}])
+    lines = path.read_text().splitlines()
+    assert [json.loads(line) for line in (lines[0], *lines[2:])] == [
+        {"sample": "a"},
+        {"sample": "d"},
+    ]
+
+    (tmp_path / "link").symlink_to(path)
+    log.Notes(tmp_path / "link", told.append).add([{}])
+    assert "Too many levels of symbolic links" in told[1] and path.read_text().splitlines() == lines
 
 
 def test_a_complaint_is_heard_although_the_command_is_quiet(capsys, tmp_path):

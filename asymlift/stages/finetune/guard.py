@@ -1,13 +1,12 @@
 """Updates that are not finite: left out, counted, written down, and too many end the run."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asymlift.artifacts.files import follow_no_link, writing
 from asymlift.errors import BadData
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
+from asymlift.runtime.log import Notes
 
 NAMED = 8  # samples that a message names; the file has all
 
@@ -18,7 +17,8 @@ class Guard:
     def __init__(
         self, file: Path, ranks: Ranks, most_in_a_row: int, warn: Callable[[str], None]
     ) -> None:
-        self.file, self.ranks, self.most_in_a_row, self.warn = file, ranks, most_in_a_row, warn
+        self.notes, self.ranks, self.most_in_a_row = Notes(file, warn), ranks, most_in_a_row
+        self.warn = warn
         self.in_a_row = 0  # also over restarts: a checkpoint holds it
 
     def passes(
@@ -31,19 +31,15 @@ class Guard:
         self.in_a_row += 1
         everyone = [key for some in dist.gathered(self.ranks, list(keys)) for key in some]
         line = {"step": step + 1, "loss": repr(loss), "norm": repr(norm), "keys": everyone}
-        dist.first_does(self.ranks, lambda: self.write(line))
+        if self.ranks.first:
+            self.notes.add([line])
         named = ", ".join(everyone[:NAMED]) + (", ..." if len(everyone) > NAMED else "")
         said = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples {named}"
         if self.in_a_row >= self.most_in_a_row:
             raise BadData(
-                f"{said}\n{self.in_a_row} updates in a row were not finite; the last checkpoint "
-                f"is from before: lower the learning rate, or look at the samples in {self.file}"
+                f"{said}\n{self.in_a_row} updates in a row were not finite, and none of them was "
+                "made; lower the learning rate, or look at the samples: all are named in\n"
+                f"{self.notes.path}"
             )
         self.warn(f"{said}; the update was left out")
         return False
-
-    def write(self, line: dict[str, object]) -> None:
-        with writing(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a", encoding="utf-8", opener=follow_no_link) as file:
-                file.write(json.dumps(line) + "\n")

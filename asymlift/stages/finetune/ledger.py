@@ -1,19 +1,17 @@
 """Bad samples of a finetune: named once, counted by reason, and too many end the run."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from asymlift.artifacts.files import follow_no_link, writing
 from asymlift.artifacts.parsing import parse_json
 from asymlift.data.catalog import Catalog
 from asymlift.data.records import BadSample
 from asymlift.errors import BadData
 from asymlift.runtime import dist
 from asymlift.runtime.dist import Ranks
-from asymlift.runtime.log import warn
+from asymlift.runtime.log import Notes, warn
 from asymlift.stages.basis_statistics import check_budget
 
 MIN_SEEN = 1000  # before that many samples, the share of bad ones says little
@@ -43,6 +41,7 @@ class Ledger:
 
     def __init__(self, folder: Path, ranks: Ranks, max_fraction: float) -> None:
         self.folder, self.ranks, self.max_fraction = folder / "logs", ranks, max_fraction
+        self.notes = Notes(self.folder / f"skipped-{ranks.rank}.jsonl", warn)
         self.num_seen, self.num_bad = 0, 0  # while reading: over all epochs and ranks
         self.num_listed = self.num_lost = 0  # by the catalog, if there is one
         self.found = set[str]()  # samples that this process and its fellows could not use
@@ -60,7 +59,8 @@ class Ledger:
         """Take in what was wrong before the first sample was read."""
         lines = [skipped(fault) for fault in catalog.faults]
         new = [line for line in dict.fromkeys(lines) if line not in self.lines]
-        dist.first_does(self.ranks, lambda: self.write(new))
+        if self.ranks.first:
+            self.write(new)
         self.remember(new)
         self.num_listed, self.num_lost = catalog.num_listed, catalog.num_lost
         check_budget(catalog.faults, catalog.num_listed, self.max_fraction)
@@ -72,7 +72,7 @@ class Ledger:
         if num_bad == 0:
             return
         mine = [skipped(fault) for fault in faults]
-        dist.all_do(self.ranks, lambda: self.write(self.unnamed(mine)))
+        self.write(self.unnamed(mine))
         everywhere = [line for lines in dist.gathered(self.ranks, mine) for line in lines]
         self.found |= {line.sample for line in everywhere}
         new = self.unnamed(everywhere)
@@ -102,13 +102,8 @@ class Ledger:
         return list({line.sample: line for line in lines if line.sample not in self.names}.values())
 
     def write(self, lines: Sequence[Skipped]) -> None:
-        if not lines:
-            return
-        path = self.folder / f"skipped-{self.ranks.rank}.jsonl"
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8", opener=follow_no_link) as file:
-                file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+        if lines:
+            self.notes.add(map(asdict, lines))
 
     def remember(self, lines: Sequence[Skipped]) -> None:
         self.lines |= dict.fromkeys(lines)

@@ -338,6 +338,16 @@ def test_what_another_rank_read_counts_and_is_written_by_it(tmp_path, monkeypatc
     assert len(lines_in(tmp_path)) == 1
 
 
+def test_a_full_disk_costs_the_names_and_not_the_run(tmp_path, capfd):
+    (tmp_path / "logs").touch()  # a file where a folder should be
+    ledger = Ledger(tmp_path, ALONE, 0.5)
+    for number in (1, 2):
+        ledger.note([fault(number)], 5, 1)
+    said = capfd.readouterr().err
+    assert said.count("skipped-0.jsonl: File exists; training goes on without its lines") == 1
+    assert ledger.reasons == {"too blue": 2}
+
+
 def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path):
     Ledger(tmp_path, ALONE, 0.5).note([fault(1)], 7, 1)
     log = tmp_path / "logs" / "skipped-0.jsonl"
