@@ -139,9 +139,35 @@ def read_bytes(path: Path, info: TensorInfo) -> Iterator[memoryview]:
 
 def read_tensor(path: Path, name: str, header: Header | None = None) -> Tensor:
     """One tensor, in the type it is stored in, without reading the rest of the file."""
-    info = (header or read_header(path)).tensors.get(name)
+    return _load(path, _find(path, name, header or read_header(path)))
+
+
+def read_stretch(path: Path, name: str, stretch: slice, header: Header) -> Tensor:
+    """A stretch of a flattened tensor, without reading the rest of it."""
+    info = _find(path, name, header)
+    count, size = stretch.stop - stretch.start, DTYPES[info.dtype][0]
+    if not 0 <= stretch.start <= stretch.stop <= math.prod(info.shape):
+        raise BadData(
+            f"{path}: {name} has the shape {list(info.shape)}, and numbers {stretch.start} to "
+            f"{stretch.stop} of it are needed."
+        )
+    return _load(path, TensorInfo(info.dtype, (count,), info.start + stretch.start * size))
+
+
+def stretch_reader(path: Path) -> Callable[[str, slice], Tensor]:
+    """Reads stretches of one tensor of a file at a time, by name."""
+    header = read_header(path)
+    return lambda name, stretch: read_stretch(path, name, stretch, header)
+
+
+def _find(path: Path, name: str, header: Header) -> TensorInfo:
+    info = header.tensors.get(name)
     if info is None:
         raise BadData(f"{path}: there is no tensor called {name}.")
+    return info
+
+
+def _load(path: Path, info: TensorInfo) -> Tensor:
     data, end = bytearray(info.num_bytes), 0
     for piece in read_bytes(path, info):
         data[end : end + len(piece)] = piece
@@ -150,12 +176,6 @@ def read_tensor(path: Path, name: str, header: Header | None = None) -> Tensor:
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
-
-
-def tensor_reader(path: Path) -> Callable[[str], Tensor]:
-    """Reads one tensor of a file at a time, by name."""
-    header = read_header(path)
-    return lambda name: read_tensor(path, name, header)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

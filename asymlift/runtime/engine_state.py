@@ -4,8 +4,10 @@ It does not depend on the ZeRO stage, on what is offloaded, or on the number of 
 own checkpoints (pickle, by position) are never used.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +15,17 @@ import torch.distributed as td
 from torch import Tensor
 
 from asymlift.runtime.dist import Ranks
-from asymlift.runtime.layout import Layout, Piece
+from asymlift.runtime.layout import Layout
 from asymlift.runtime.optimizers import (
     OptimizerSettings,
-    filling,
+    Read,
     moment_keys,
     read_moment,
     set_step,
+    write_moment,
 )
 from asymlift.runtime.parameters import Trainable, local_shard
 
-Read = Callable[[str], Tensor]  # one tensor of a file, by name
 NamedTensors = Iterator[tuple[str, Tensor]]
 
 
@@ -69,16 +71,19 @@ class EngineState:
         assert whole.numel() == parameter.ds_numel, name
         return whole
 
-    def shard(self, name: str, whole: Tensor) -> Tensor:
-        """What this rank holds of a whole tensor; the inverse of `whole`."""
-        parameter = self.trainable.parameters[name]
-        local = local_shard(parameter)
-        if not hasattr(parameter, "ds_shape"):
-            return whole.to(local)
-        padded = local.new_zeros(local.numel() * self.ranks.world)
-        padded[: whole.numel()] = whole.flatten().to(local)
-        start = self.ranks.rank * local.numel()
-        return padded[start : start + local.numel()].view_as(local).clone()
+    def held(self, name: str) -> slice:
+        """Which stretch of the flattened tensor this rank stores of a parameter."""
+        if hasattr(self.trainable.parameters[name], "ds_shape"):
+            return self.layout.piece(name).in_whole
+        return slice(0, math.prod(self.shape_of(name)))
+
+    @torch.no_grad()
+    def fill_shard(self, name: str, shard: Tensor, read: Read) -> None:
+        """Overwrite what this rank holds of a parameter-like tensor; the inverse of `whole`."""
+        values = read(name, self.held(name))
+        flat = shard.view(-1)
+        flat[: len(values)].copy_(values)
+        flat[len(values) :].zero_()  # padding
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -100,16 +105,19 @@ class EngineState:
 
     @torch.no_grad()
     def set_weights(self, read: Read) -> None:
-        """Overwrite trained weights, in what the next forward reads and in what is updated."""
-        for name in self.trainable.parameters:
-            self.set_weight(name, read(name))
+        """Overwrite trained weights, in what the next forward reads and in what is updated.
 
-    def set_weight(self, name: str, whole: Tensor) -> None:
-        parameter, piece = self.trainable.parameters[name], self.layout.piece(name)
-        local_shard(parameter).copy_(self.shard(name, whole))
-        if stays_whole(parameter):
-            parameter.data.copy_(whole)
-        self.layout.home[name].view(-1)[piece.in_flat].copy_(part_of(whole, piece))
+        Of what is sharded a rank reads its share.
+        """
+        for name, parameter in self.trainable.parameters.items():
+            if stays_whole(parameter):
+                whole = slice(0, math.prod(self.shape_of(name)))
+                parameter.data.view(-1).copy_(read(name, whole))
+            local, piece = local_shard(parameter), self.layout.piece(name)
+            self.fill_shard(name, local, read)
+            begin = piece.begin - self.held(name).start
+            updated = local.view(-1)[begin : begin + piece.count]
+            self.layout.home[name].view(-1)[piece.in_flat].copy_(updated)
 
     @torch.no_grad()
     def set_moments(self, read: Read, num_updates: int) -> None:
@@ -117,12 +125,7 @@ class EngineState:
         for flat, pieces in self.layout.flats.items():
             state = self.optimizer.state[flat]
             for key in sorted({key_of(m) for name in pieces for m in self.moment_names(name)}):
-                with filling(state, key) as values:
-                    for name, piece in pieces.items():
-                        if piece.count:
-                            part = part_of(read(f"{key}/{name}"), piece)
-                            values[piece.in_flat].copy_(part)
-                            del part  # before the next one is read
+                write_moment(state, key, pieces, partial(read_moment_of, read, key))
             set_step(state, num_updates)
 
     # --- other weights for a while ----------------------------------------------------------------
@@ -180,10 +183,8 @@ def key_of(moment: str) -> str:
     return moment.partition("/")[0]
 
 
-def part_of(whole: Tensor, piece: Piece) -> Tensor:
-    """What a rank updates of a whole tensor, flat."""
-    assert tuple(whole.shape) == piece.shape, f"{tuple(whole.shape)} for {piece.shape}"
-    return whole.flatten()[piece.in_whole].float()
+def read_moment_of(read: Read, key: str, name: str, stretch: slice) -> Tensor:
+    return read(f"{key}/{name}", stretch)
 
 
 def stays_whole(parameter: Any) -> bool:

@@ -95,8 +95,8 @@ def find_sharded(zero: Any, trainable: Trainable, ranks: Ranks) -> Any:
         pieces = []
         for parameter in group:
             _, start, share = zero.grad_position[zero.get_param_id(parameter)]
-            begin = ranks.rank * share
-            count = max(0, min(share, parameter.ds_numel - begin))
+            begin = min(ranks.rank * share, parameter.ds_numel)  # past its end there is padding
+            count = min(share, parameter.ds_numel - begin)
             pieces.append((parameter, Piece(shape_of(parameter), start, begin, count)))
         yield flat, pieces
 

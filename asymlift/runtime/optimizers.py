@@ -4,8 +4,7 @@ Moments are read and written as float32 stretches of a flat tensor, however they
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from asymlift.runtime.layout import Piece
 from asymlift.runtime.muon import Muon
 from asymlift.runtime.parameters import Trainable, shape_of
 
+Read = Callable[[str, slice], Tensor]  # a stretch of a flattened tensor of a file, by name
 Kind = Literal["adamw", "adamw_8bit", "muon"]
 ADAMW, MUON = ("exp_avg", "exp_avg_sq"), ("momentum",)
 
@@ -152,19 +152,25 @@ def stored_moment(state: Mapping[str, Any], key: str) -> Tensor:
     return stored.view(-1)
 
 
-@contextmanager
-def filling(state: dict[str, Any], key: str) -> Iterator[Tensor]:
-    """A flat float32 tensor to write a whole moment into; it is stored when the block ends."""
+def write_moment(
+    state: Mapping[str, Any], key: str, pieces: Mapping[str, Piece], read: Read
+) -> None:
+    """Overwrite this rank's pieces of a moment. Of those of 8 bits, so many blocks at once."""
     stored = stored_moment(state, key)
     if stored.dtype == torch.float32:
-        yield stored
+        for name, piece in pieces.items():
+            if piece.count:
+                stored[piece.in_flat].copy_(read(name, piece.in_whole))
         return
-    values = torch.zeros(stored.numel(), device=stored.device)
-    yield values
     scales, table = state[f"absmax{STORED[key]}"], state[f"qmap{STORED[key]}"]
     for first in range(0, len(scales), AT_ONCE):
-        blocks, numbers = (
-            slice(first, first + AT_ONCE),
-            slice(first * BLOCK, (first + AT_ONCE) * BLOCK),
-        )
-        stored[numbers], scales[blocks] = quantize(values[numbers], table, BLOCK)
+        blocks = slice(first, first + AT_ONCE)
+        begin, end = first * BLOCK, min((first + AT_ONCE) * BLOCK, stored.numel())
+        values = torch.zeros(end - begin, device=stored.device)
+        for name, piece in pieces.items():
+            start, stop = max(begin, piece.start), min(end, piece.in_flat.stop)
+            if start < stop:
+                shift = piece.begin - piece.start
+                part = values[start - begin : stop - begin]
+                part.copy_(read(name, slice(start + shift, stop + shift)))
+        stored[begin:end], scales[blocks] = quantize(values, table, BLOCK)

@@ -19,6 +19,7 @@ from asymlift.artifacts.safetensors_stream import (
     read_header,
     read_tensor,
     save_tensors,
+    stretch_reader,
     tensor_bytes,
 )
 from asymlift.errors import BadData, CannotWrite
@@ -182,6 +183,33 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path):
     save_tensors(tmp_path / "file", {"a": torch.zeros(2)})
     with pytest.raises(BadData, match="no tensor called b"):
         read_tensor(tmp_path / "file", "b")
+
+
+@pytest.mark.parametrize("stretch", [slice(0, 12), slice(5, 9), slice(3, 3), slice(12, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stretch_is_that_of_the_flattened_tensor_and_costs_its_own_bytes(
+    tmp_path, monkeypatch, dtype, stretch
+):
+    tensors = {"a": torch.arange(3.0), "b": torch.arange(12.0).view(3, 4).to(dtype)}
+    save_tensors(tmp_path / "file", tensors)
+    read, sizes = safetensors_stream.read_bytes, []
+
+    def counted(path, info):
+        for piece in read(path, info):
+            sizes.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(safetensors_stream, "read_bytes", counted)
+    found = stretch_reader(tmp_path / "file")("b", stretch)
+    assert found.dtype == dtype and torch.equal(found, tensors["b"].flatten()[stretch])
+    assert sum(sizes) == found.nbytes
+
+
+def test_a_stretch_beyond_a_tensor_is_bad_data(tmp_path):
+    """Of another tensor of the file nothing is ever taken."""
+    save_tensors(tmp_path / "file", {"a": torch.zeros(3, 2), "b": torch.zeros(9)})
+    with pytest.raises(BadData, match=r"a has the shape \[3, 2\], and numbers 4 to 7 of it are"):
+        stretch_reader(tmp_path / "file")("a", slice(4, 7))
 
 
 def test_one_tensor_of_a_big_file_costs_its_own_memory(tmp_path):

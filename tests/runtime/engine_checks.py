@@ -18,7 +18,6 @@ from asymlift.maths.muon import adamw_scale, orthogonalize
 from asymlift.model.footprint import LiveBytes
 from asymlift.runtime import dist
 from asymlift.runtime.engine import Engine, EngineSettings, Offload
-from asymlift.runtime.engine_state import Read
 from asymlift.runtime.optimizers import Kind, OptimizerSettings
 from asymlift.runtime.parameters import Trainable, local_shard
 
@@ -218,17 +217,33 @@ def loss_of(engine: Engine) -> float:
         return float(engine.inner(batch(99))[0])
 
 
-def one_at_a_time(tensors: dict[str, Tensor]) -> Read:
-    """Reads copies, and fails if one that was read before is still held."""
-    held: list[weakref.ref[Tensor]] = []
+class Reader:
+    """Reads copies of stretches, counts their numbers, and fails if one is still held."""
 
-    def read(name: str) -> Tensor:
-        assert not any(reference() is not None for reference in held), f"{name}: one too many"
-        tensor = tensors[name].clone()
-        held[:] = [weakref.ref(tensor)]
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.numbers = tensors, 0
+        self.last: weakref.ref[Tensor] | None = None
+
+    def __call__(self, name: str, stretch: slice) -> Tensor:
+        assert self.last is None or self.last() is None, f"{name}: one too many"
+        tensor = self.tensors[name].flatten()[stretch].clone()
+        assert len(tensor) == stretch.stop - stretch.start
+        self.numbers += len(tensor)
+        self.last = weakref.ref(tensor)
         return tensor
 
-    return read
+    @property
+    def share(self) -> float:
+        return self.numbers / sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def shards_of(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    shards = {
+        name: torch.empty_like(local_shard(engine.trainable.parameters[name])) for name in tensors
+    }
+    for name, shard in shards.items():
+        engine.fill_shard(name, shard, Reader(tensors))
+    return shards
 
 
 class Unreadable(dict[str, Tensor]):
@@ -290,14 +305,14 @@ def check(case: Case) -> dict[str, Any]:
     facts["updates"] = engine.num_updates
 
     # whole and shard are inverses of each other
-    back = {n: engine.whole(n, engine.shard(n, w)) for n, w in weights.items()}
+    back = {n: engine.whole(n, shard) for n, shard in shards_of(engine, weights).items()}
     facts["shards"] = same(back, weights)
 
     # other weights in, and out again
     stranger = Tiny(5, width)
     other = {n: p.detach() for n, p in trainable_of(stranger).parameters.items()}
     loss = loss_of(engine)
-    shards = {name: engine.shard(name, value).clone() for name, value in other.items()}
+    shards = shards_of(engine, other)
     kept = {name: shard.clone() for name, shard in shards.items()}
     facts["copies of the largest"] = copies(engine, shards)
     with engine.showing(shards):
@@ -315,14 +330,16 @@ def check(case: Case) -> dict[str, Any]:
             weights_back, shards_back = same(snapshot(engine.weights), weights), same(shards, kept)
             facts[f"after an error {where}"] = weights_back and shards_back
     facts["shared out"] = case.stage == 3 or shared_out(engine, other)
-    engine.set_weights(weights.__getitem__)  # wholes beside shards are not put back
+    engine.set_weights(Reader(weights))  # wholes beside shards are not put back
     with engine.showing({}):
         facts["showing nothing"] = loss_of(engine) == loss
 
     # the state in another engine, which began elsewhere, goes on as this one does
     twin = engine_for(case, seed=3)
-    twin.set_weights(one_at_a_time(weights))
-    twin.set_moments(one_at_a_time(moments), 3)
+    readers = Reader(weights), Reader(moments)
+    twin.set_weights(readers[0])
+    twin.set_moments(readers[1], 3)
+    facts["read"] = [reader.share for reader in readers]
     facts["restored weights"] = same(snapshot(twin.weights), weights)
     facts["restored moments"] = same(snapshot(twin.moments), moments)
     facts["restored updates"] = twin.num_updates
@@ -368,8 +385,8 @@ def cross(cases: dict[str, Case]) -> dict[str, bool]:
         ends[name] = snapshot(engine.weights)
     for source, (weights, moments) in states.items():
         for target, engine in engines.items():
-            engine.set_weights(weights.__getitem__)
-            engine.set_moments(moments.__getitem__, 1)
+            engine.set_weights(Reader(weights))
+            engine.set_moments(Reader(moments), 1)
             read = same(snapshot(engine.weights), weights) and same(
                 snapshot(engine.moments), moments
             )
@@ -386,9 +403,9 @@ def converted() -> dict[str, float]:
     small = engine_for(Case(1, "adamw_8bit"), seed=0)
     update(full, 0, 0.0, rates_at(0))
     moments = snapshot(full.moments)
-    small.set_moments(moments.__getitem__, 1)
+    small.set_moments(Reader(moments), 1)
     stored = snapshot(small.moments)
-    full.set_moments(stored.__getitem__, 1)
+    full.set_moments(Reader(stored), 1)
     return {
         "stored": worst(stored, moments),
         "back": worst(snapshot(full.moments), stored),

@@ -143,6 +143,17 @@ def test_the_state_in_another_engine_goes_on_to_the_last_bit(facts):
     assert facts["goes on alike"] and facts["norms that go on alike"]
 
 
+@pytest.mark.parametrize("ranks, name", ALL)
+def test_a_rank_reads_its_share_of_a_state(documents, ranks, name):
+    """All weights where it holds them all, which is below ZeRO-3."""
+    if name in EIGHT_BIT and not HAS_8_BIT:
+        pytest.skip("bitsandbytes is not installed")
+    case, near = (CASES | EIGHT_BIT)[name], 0.15  # shares are rounded up, tensors are tiny
+    weights, moments = documents[ranks][name]["read"]
+    assert weights == pytest.approx(1 / (ranks if case.stage == 3 else 1), abs=near)
+    assert moments == pytest.approx(1 / (ranks if case.stage else 1), abs=near)
+
+
 def test_an_update_that_is_not_finite_is_left_out(facts):
     """Weights and moments stay what they were."""
     assert facts["nan norm"] == ("nan" if facts["name"].startswith("0") else "inf")

@@ -8,15 +8,20 @@ from torch import nn
 from torch.testing import assert_close
 
 from asymlift.errors import BadRecipe, Exit, Unavailable
+from asymlift.maths.blockwise import quantize
+from asymlift.runtime import optimizers
 from asymlift.runtime.dist import Ranks
-from asymlift.runtime.layout import Layout
+from asymlift.runtime.layout import Layout, Piece
 from asymlift.runtime.muon import Muon
 from asymlift.runtime.optimizers import (
+    BLOCK,
     OptimizerSettings,
     begin_state,
     build_optimizer,
     check_optimizer,
     is_special,
+    read_moment,
+    write_moment,
 )
 from asymlift.runtime.parameters import Trainable
 
@@ -91,6 +96,37 @@ def test_small_tensors_are_not_stored_in_8_bits():
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_moments_of_8_bits_are_written_some_blocks_at_once_as_if_all_were(monkeypatch, at_once):
+    """Tensors end inside blocks, of one there is only a stretch, the last one is another rank's."""
+    monkeypatch.setattr(optimizers, "AT_ONCE", at_once)
+    pieces = {
+        "a": Piece((300,), 0, 0, 300),
+        "b": Piece((9, 200), 300, 700, 900),
+        "c": Piece((5,), 1200, 0, 0),
+    }
+    g = torch.Generator().manual_seed(0)
+    moments = {name: torch.randn(piece.shape, generator=g) for name, piece in pieces.items()}
+    size, table, most = 1200, torch.linspace(-1, 1, 256), [0]
+
+    def read(name: str, stretch: slice) -> torch.Tensor:
+        most[0] = max(most[0], stretch.stop - stretch.start)
+        return moments[name].flatten()[stretch]
+
+    state = {
+        "state1": torch.zeros(size, dtype=torch.uint8),
+        "absmax1": torch.zeros(-(-size // BLOCK)),
+        "qmap1": table,
+    }
+    write_moment(state, "exp_avg", pieces, read)
+
+    together = torch.cat([moments["a"], moments["b"].flatten()[700:1600]])
+    codes, scales = quantize(together, table, BLOCK)
+    assert torch.equal(state["state1"], codes) and torch.equal(state["absmax1"], scales)
+    assert most[0] <= at_once * BLOCK
+    assert_close(read_moment(state, "exp_avg", pieces["b"]), together[300:], rtol=0, atol=0.02)
 
 
 def test_without_bitsandbytes_it_says_how_to_get_it(monkeypatch):

@@ -188,7 +188,7 @@ def blank(trainer: Trainer, size: tuple[int, int]) -> Sample:
 def forget(engine: Engine) -> None:
     """Empty what the optimizer remembers: no update was made."""
 
-    def zeros(moment: str) -> Tensor:
-        return torch.zeros(engine.shape_of(moment.partition("/")[2]))
+    def zeros(moment: str, stretch: slice) -> Tensor:
+        return torch.zeros(stretch.stop - stretch.start)
 
     engine.set_moments(zeros, 0)

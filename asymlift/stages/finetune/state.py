@@ -28,7 +28,7 @@ from asymlift.artifacts.files import free_bytes, human_bytes
 from asymlift.artifacts.safetensors_stream import (
     SafetensorsWriter,
     TensorInfo,
-    tensor_reader,
+    stretch_reader,
 )
 from asymlift.errors import CannotWrite, UserError
 from asymlift.model.ema import Ema
@@ -163,18 +163,18 @@ class TrainingState:
     # --- restoring --------------------------------------------------------------------------------
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Weights, average and what the optimizer remembers. A rank holds one tensor at a time."""
+        """Weights, average and what the optimizer remembers. A rank reads what it holds of each."""
         self.good = checkpoint.folder
         dist.all_do(self.ranks, lambda: self.read(checkpoint))
 
     def read(self, checkpoint: Checkpoint) -> None:
         folder = checkpoint.folder
-        self.engine.set_weights(tensor_reader(folder / TRAINABLE))
-        self.engine.set_moments(tensor_reader(folder / OPTIMIZER), checkpoint.state["updates"])
+        self.engine.set_weights(stretch_reader(folder / TRAINABLE))
+        self.engine.set_moments(stretch_reader(folder / OPTIMIZER), checkpoint.state["updates"])
         if self.ema is not None:
-            read = tensor_reader(folder / (EMA if (folder / EMA).exists() else TRAINABLE))
+            read = stretch_reader(folder / (EMA if (folder / EMA).exists() else TRAINABLE))
             for name, held in self.ema.shards.items():
-                held.copy_(self.engine.shard(name, read(name)))
+                self.engine.fill_shard(name, held, read)
 
 
 def wait_for(tensor: Tensor) -> None:

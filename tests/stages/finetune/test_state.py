@@ -145,7 +145,7 @@ def test_two_failures_in_a_row_end_the_run_and_leave_the_last_good_one(recipe, m
     monkeypatch.undo()
 
     alive, most, reads = weakref.WeakSet[torch.Tensor](), [0], [0]
-    read = safetensors_stream.read_tensor
+    read = safetensors_stream.read_stretch
 
     def count(*args: Any) -> torch.Tensor:
         tensor = read(*args)
@@ -154,7 +154,7 @@ def test_two_failures_in_a_row_end_the_run_and_leave_the_last_good_one(recipe, m
             most[0], reads[0] = max(most[0], len(alive)), reads[0] + 1
         return tensor
 
-    monkeypatch.setattr(safetensors_stream, "read_tensor", count)
+    monkeypatch.setattr(safetensors_stream, "read_stretch", count)
     report = finetune(use, ALONE)  # once there is room
     assert (report.resumed_from, report.step) == (1, 3)
     assert reads[0] == 4 * 37  # weights, two moments, average
