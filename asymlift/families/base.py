@@ -88,6 +88,7 @@ class Family:
     tier: Literal["free", "easy"]  # easy: there is a quirk, which the module's docstring tells
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
+    library: str | None = None  # one's own package, whose classes a checkpoint may name too
     heavy_text: str | None = None  # why captions are better encoded while training
 
     @property

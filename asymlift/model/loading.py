@@ -68,34 +68,41 @@ def weightless_transformer(
 
 
 def load_pipeline_parts(
-    folder: Path | str, names: Collection[str], *, dtype: torch.dtype | None = None
+    folder: Path | str,
+    names: Collection[str],
+    *,
+    library: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Return the named components of a pipeline folder, models in eval mode (as stored, or dtype).
 
-    A component that model_index.json lists as null is None.
+    A component that model_index.json lists as null is None. `library` is a family's own package,
+    whose classes are run too.
     """
     folder = _existing_folder(Path(folder))
     index = read_json(folder / "model_index.json")
-    return {name: _load_part(folder, index, name, dtype) for name in names}
+    return {name: _load_part(folder, index, name, library, dtype) for name in names}
 
 
 def load_pipeline(
     folder: Path | str,
     components: Collection[str] | None = None,
     *,
+    library: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
     """Return the folder's own pipeline without its transformer: for prompts, latents, schedules.
 
-    `components` are those to load (default: all but the transformer); the others are None.
+    `components` are those to load (default: all but transformers); the others are None.
     """
     folder = _existing_folder(Path(folder))
     index = read_json(folder / "model_index.json")
     parts = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2}
-    wanted = parts - {"transformer"} if components is None else components
+    usual = {part for part in parts if not part.endswith("transformer")}
+    wanted = usual if components is None else components
     settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
-    pipeline = _class_in("diffusers", str(index.get("_class_name")), folder / "model_index.json")
-    loaded = load_pipeline_parts(folder, wanted, dtype=dtype)
+    pipeline = _pipeline_class(folder / "model_index.json", str(index.get("_class_name")), library)
+    loaded = load_pipeline_parts(folder, wanted, library=library, dtype=dtype)
     return pipeline(**settings, **{**dict.fromkeys(parts), **loaded})
 
 
@@ -196,6 +203,12 @@ def _transformer_class(family: Family) -> Any:
     return _class_in(module or "diffusers", name, f"family {family.name}")
 
 
+def _pipeline_class(origin: Path, name: str, own: str | None) -> Any:
+    """The pipeline's class: of diffusers, unless the family's own package has one of that name."""
+    is_ours = own is not None and hasattr(third_party.library(own), name)
+    return _class_in(own if is_ours and own else "diffusers", name, origin)
+
+
 def _class_in(module: str, name: str, origin: object) -> Any:
     """Return a class by name; an unknown one means another version of the library."""
     try:
@@ -211,7 +224,9 @@ def _class_in(module: str, name: str, origin: object) -> Any:
     return getattr(package, name)
 
 
-def _load_part(folder: Path, index: Mapping[str, Any], name: str, dtype: Any) -> Any:
+def _load_part(
+    folder: Path, index: Mapping[str, Any], name: str, own: str | None, dtype: Any
+) -> Any:
     origin = folder / "model_index.json"
     check_component_name(origin, name)
     entry = index.get(name)
@@ -221,7 +236,8 @@ def _load_part(folder: Path, index: Mapping[str, Any], name: str, dtype: Any) ->
     library, class_name = entry
     if class_name is None:
         return None
-    if library not in LIBRARIES:
+    is_own = own is not None and f"{library}.".startswith(f"{own}.")
+    if library not in LIBRARIES and not is_own:
         raise BadData(
             f"{origin}: {name} needs code from {library!r}; only classes of "
             f"{' and '.join(LIBRARIES)} are run"

@@ -123,7 +123,9 @@ class Autoencoder:
     def vae(self) -> Any:
         from asymlift.model.loading import load_pipeline_parts
 
-        vae = load_pipeline_parts(self.folder, ["vae"], dtype=torch.float32)["vae"]
+        vae = load_pipeline_parts(
+            self.folder, ["vae"], library=self.family.library, dtype=torch.float32
+        )["vae"]
         return vae.requires_grad_(False).to(self.device)
 
     @torch.inference_mode()

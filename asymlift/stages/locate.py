@@ -7,6 +7,7 @@ from asymlift.errors import BadRecipe, Unavailable
 from asymlift.families import find_family
 from asymlift.families.base import Family, Geometry
 from asymlift.recipe import Recipe
+from asymlift.runtime import third_party
 
 EMBEDDED = "embedded:"
 
@@ -31,11 +32,18 @@ def base_folder(recipe: Recipe) -> Path:
     return path
 
 
+def named_family(recipe: Recipe) -> str:
+    """What the recipe says; code of one's own can be imported then, and may import diffusers."""
+    if ":" in recipe.model.family:
+        third_party.prepare()
+    return recipe.model.family
+
+
 def family_of(recipe: Recipe, base: Path) -> tuple[Family, Geometry]:
     """What the base is, by its own configs or by the recipe."""
     folder = DiffusersFolder(base)
     config = folder.config("transformer")
-    family = find_family(recipe.model.family, folder.model_index, config)
+    family = find_family(named_family(recipe), folder.model_index, config)
     return family, family.geometry(config, folder.config("vae"))
 
 

@@ -363,8 +363,10 @@ def load_painter(
         assert plan.base is not None
         net = load_transformer(plan.base, family, dtype=stored)
         latent = LatentFlow(net, family, geometry, half).to(device)
-        vae = load_pipeline_parts(plan.base, ["vae"], dtype=torch.float32)["vae"].to(device)
-        return latent_painter(latent, vae, lifted, canvas, device)
+        vae = load_pipeline_parts(plan.base, ["vae"], library=family.library, dtype=torch.float32)[
+            "vae"
+        ]
+        return latent_painter(latent, vae.to(device), lifted, canvas, device)
     assert lifted is not None
     net = load_transformer(lifted.folder, family, dtype=stored)
     if weights != "lifted":
@@ -379,7 +381,9 @@ def encode_prompts(
     plan: SamplePlan, sources: Sources, prompts: Sequence[str], device: torch.device
 ) -> Embeddings:
     """Embed each prompt alone, so that it comes out the same whatever the others are."""
-    pipeline = load_pipeline(sources.pipeline.path, text_parts(sources.pipeline)).to(device)
+    parts = text_parts(sources.pipeline)
+    library = sources.family.library
+    pipeline = load_pipeline(sources.pipeline.path, parts, library=library).to(device)
     with torch.no_grad():
         found = {
             prompt: sources.family.encode_prompt(pipeline, [prompt], plan.text_length)[0]

@@ -33,6 +33,7 @@ from asymlift.stages.locate import (
     checkpoints_path,
     family_of,
     lifted_path,
+    named_family,
     needed,
 )
 from asymlift.stages.open_data import fit_of
@@ -301,7 +302,7 @@ def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
         base=base_folder(recipe) if "base" in weights else None,
         lifted=needed(lifted_path(recipe), "convert"),
         checkpoint=checkpoint,
-        family=recipe.model.family,
+        family=named_family(recipe),
         seed=use.seed,
         num_per_prompt=request.num,
         text_length=recipe.model.text_length,

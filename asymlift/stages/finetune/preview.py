@@ -159,8 +159,9 @@ class Previews:
         net = load_transformer(base, self.family, dtype=torch.float32 if full else "stored")
         precision = None if full else torch.bfloat16
         flow = LatentFlow(net.to(self.device), self.family, self.lifted.geometry, precision)
-        vae = load_pipeline_parts(self.lifted.folder, ["vae"])["vae"].to(self.device)
-        return latent_painter(flow, vae, self.lifted, self.canvas, self.device)
+        library = self.family.library
+        vae = load_pipeline_parts(self.lifted.folder, ["vae"], library=library)["vae"]
+        return latent_painter(flow, vae.to(self.device), self.lifted, self.canvas, self.device)
 
     @torch.no_grad()
     def show(self, step: int, flow: PixelFlow) -> None:

@@ -25,7 +25,7 @@ from asymlift.model.training_step import Batch, TrainingStep
 from asymlift.recipe import FinetuneSection, Recipe
 from asymlift.runtime.parameters import Trainable
 from asymlift.stages.finetune.model import assemble_step
-from asymlift.stages.locate import base_folder, lifted_path
+from asymlift.stages.locate import base_folder, lifted_path, named_family
 
 FROZEN_DTYPE = torch.bfloat16  # of a model whose weights are not here
 
@@ -74,7 +74,7 @@ def blueprint_of(recipe: Recipe) -> Blueprint:
     path = lifted_path(recipe) if lifted else base_folder(recipe)
     folder = DiffusersFolder(path)
     config = folder.config("transformer")
-    family = find_family(recipe.model.family, folder.model_index, config)
+    family = find_family(named_family(recipe), folder.model_index, config)
     geometry = family.geometry(config, folder.config("vae"))
     stored = stored_dtypes(folder)
     source = f"{path}{'' if lifted else ', as convert would lift it'}"

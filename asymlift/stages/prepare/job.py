@@ -64,14 +64,16 @@ class Encoders:
     def vae(self) -> Any:
         from asymlift.model.loading import load_pipeline_parts
 
-        vae = load_pipeline_parts(self.base, ["vae"], dtype=torch.float32)["vae"]
+        library = self.family.library
+        parts = load_pipeline_parts(self.base, ["vae"], library=library, dtype=torch.float32)
+        vae = parts["vae"]
         return vae.requires_grad_(False).to(self.device)
 
     @cached_property
     def pipeline(self) -> Any:
         from asymlift.model.loading import load_pipeline
 
-        pipeline = load_pipeline(self.base)
+        pipeline = load_pipeline(self.base, library=self.family.library)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and name != "vae":
                 part.to(self.device)
