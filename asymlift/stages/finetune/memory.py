@@ -63,6 +63,7 @@ def explaining_memory(
         if not is_out_of_memory(error):
             raise
         held = ", ".join(f"{name} {human_bytes(count)}" for name, count in parts().items() if count)
-        said = f"Of it {held}; the rest passes.\n{advice(recipe, ranks.world, watch.last.phase)}"
+        what = f"Of it {held}; the rest passes.\n" if held else ""
+        said = f"{what}{advice(recipe, ranks.world, watch.last.phase)}"
         who = f"rank {ranks.rank} ({socket.gethostname()})"
         raise out_of_memory(error, who, said) from error

@@ -102,7 +102,8 @@ def finetune(
         found = find_checkpoint(checkpoints_path(recipe), start.resume, ranks)
         if found is not None and is_finished(recipe, found, ranks):
             return dist.first_does(ranks, lambda: nothing_left(recipe, found))
-        run = Run(recipe, ranks, device, accumulation, zero3 or {})
+        with explaining_memory(recipe, ranks, dict):
+            run = Run(recipe, ranks, device, accumulation, zero3 or {})
         with explaining_memory(recipe, ranks, run.resident):
             return run.to_the_end(found, start, request)
 
