@@ -1,10 +1,14 @@
-"""Small files and JSON from anywhere: what never ends, or is nested too deeply, is refused."""
+"""Small files and JSON from anywhere: what never ends, or is nested too deeply, is refused.
+
+What is written for others is JSON that every reader takes.
+"""
 
 import errno
 import json
+import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,21 @@ def parse_json(text: str | bytes, object_pairs_hook: Callable[..., Any] | None =
         return json.loads(text, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_text(document: Any, indent: int | None = None) -> str:
+    """Strict JSON: what is not finite is null, as it has no words for NaN."""
+    return json.dumps(finite_or_null(document), indent=indent, default=str, allow_nan=False)
+
+
+def finite_or_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(inner) for inner in value]
+    return value
 
 
 def read_small(path: Path, most: int = MOST_JSON) -> bytes:

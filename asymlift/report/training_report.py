@@ -68,7 +68,7 @@ def state_of(run: TrainingRun, written: str) -> str:
         *([("to go", duration(last["seconds_to_go"]))] if last.get("seconds_to_go") else []),
         ("samples", f"{last['samples']:,}"),
         ("epochs", last["epoch"]),
-        ("loss of the last step", last["loss"]),
+        ("loss of the last step", "not finite" if last["loss"] is None else last["loss"]),
         *validation_rows(run.metrics),
         ("seconds per step", median([line["seconds"] for line in recent])),
         ("of them waiting for data", median([line["seconds_waiting_for_data"] for line in recent])),

@@ -5,7 +5,6 @@ a live progress bar, anything else plain lines now and then.
 """
 
 import errno
-import json
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asymlift.artifacts.files import follow_no_link
+from asymlift.artifacts.parsing import json_text
 from asymlift.redact import redacted, redacted_values
 
 Item = TypeVar("Item")
@@ -71,7 +71,7 @@ class Notes:
         self.path, self.tell, self.told = path, tell, False
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        data = "".join(json_text(line) + "\n" for line in lines).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b", buffering=0, opener=follow_no_link) as file:
@@ -181,5 +181,4 @@ def answer(text: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    json.dump(redacted_values(document), sys.stdout, indent=2, default=str)
-    sys.stdout.write("\n")
+    sys.stdout.write(json_text(redacted_values(document), indent=2) + "\n")

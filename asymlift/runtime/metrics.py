@@ -1,12 +1,11 @@
 """metrics.jsonl: a line of numbers per step, and before the first step one of step 0."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from asymlift.artifacts.files import follow_no_link, write_bytes_atomically, writing
-from asymlift.artifacts.parsing import parse_json
+from asymlift.artifacts.parsing import json_text, parse_json
 
 
 class Metrics:
@@ -33,7 +32,7 @@ class Metrics:
         if 0 < step == self.resumed_step:
             self.complete(values)
             return
-        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        line = (json_text({"step": step, **values}) + "\n").encode()
         data = b"\n" + line if self.torn else line
         self.torn = True
         written = self.file.write(data)
@@ -57,7 +56,7 @@ class Metrics:
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    write_bytes_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_bytes_atomically(path, "".join(json_text(line) + "\n" for line in lines).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,24 @@
 """What never ends, or is nested too deeply, is refused with an ordinary error."""
 
+import math
 import os
 
 import pytest
 
-from asymlift.artifacts.parsing import parse_json, read_small
+from asymlift.artifacts.parsing import json_text, parse_json, read_small
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000, "{"])
 def test_json_that_cannot_be_read_is_a_value_error(text):
     with pytest.raises(ValueError, match=r".+"):
         parse_json(text)
+
+
+def test_what_is_written_is_strict_json():
+    """Python writes NaN and Infinity, which are no JSON."""
+    document = {"a": math.nan, "b": [1, -math.inf, (2.5, True)], "c": {"d": math.inf}, "e": "NaN"}
+    text = json_text(document)
+    assert text == '{"a": null, "b": [1, null, [2.5, true]], "c": {"d": null}, "e": "NaN"}'
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path):

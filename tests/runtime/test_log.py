@@ -96,9 +96,9 @@ def test_no_run_ends_because_its_log_cannot_be_written(tmp_path):
 
 def test_a_document_is_all_that_stdout_gets(capsys, tmp_path):
     log.say("talk")
-    log.print_json({"path": tmp_path, "value": 1.5})
+    log.print_json({"path": tmp_path, "value": 1.5, "loss": float("nan")})
     out, _ = capsys.readouterr()
-    assert json.loads(out) == {"path": str(tmp_path), "value": 1.5}
+    assert json.loads(out) == {"path": str(tmp_path), "value": 1.5, "loss": None}
     assert out.endswith("}\n")
 
 

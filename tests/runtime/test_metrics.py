@@ -1,5 +1,7 @@
 """metrics.jsonl survives kills, resumes and a full disk."""
 
+import math
+
 import pytest
 
 from asymlift.errors import CannotWrite
@@ -44,6 +46,15 @@ def test_what_comes_late_of_the_step_that_a_run_goes_on_from_stands_in_its_line(
     ]
 
 
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN, and many readers refuse the file."""
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics.numbers(1, {"loss": math.nan, "loss_by_sigma": [math.inf, 1.0]})
+    metrics.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "loss_by_sigma": [null, 1.0]}\n'
+
+
 def test_a_run_from_the_start_measures_step_0_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = Metrics(path, 0)
@@ -64,7 +75,7 @@ def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path, tail):
     metrics.numbers(3, {"loss": 1.0})
     metrics.close()
     assert steps(path) == [1, 2, 3]
-    assert path.read_bytes().startswith(whole)
+    assert path.read_bytes().startswith(whole.replace(b"NaN", b"null"))
 
 
 class FullDisk:
