@@ -4,6 +4,7 @@ import importlib
 from difflib import get_close_matches
 
 from asymlift.errors import BadRecipe
+from asymlift.families.auraflow import AURAFLOW
 from asymlift.families.base import Config, Family
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
@@ -12,7 +13,7 @@ from asymlift.families.sd3 import SD3
 from asymlift.families.zimage import ZIMAGE
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (FLUX1, FLUX2, QWENIMAGE, SD3, ZIMAGE)
+    family.name: family for family in (AURAFLOW, FLUX1, FLUX2, QWENIMAGE, SD3, ZIMAGE)
 }
 
 

@@ -1,4 +1,7 @@
-"""The latents of diffusers' AutoencoderKL, shifted and scaled: SD3, Z-Image."""
+"""The latents of diffusers' AutoencoderKL, shifted and scaled: SD3, Z-Image.
+
+Some pipelines scale only, whatever shift the VAE's config has: AuraFlow, CogView4, Kandinsky 5.
+"""
 
 from typing import Any
 
@@ -19,6 +22,21 @@ def decode_latents(vae: Any, z: Tensor) -> Tensor:
     """Turn a latent of the transformer into an image in [-1, 1]."""
     raw = z / vae.config.scaling_factor + _shift(vae)
     image: Tensor = vae.decode(raw.to(vae.dtype)).sample
+    return image.clamp(-1, 1)
+
+
+@torch.no_grad()
+def encode_scaled(vae: Any, image: Tensor) -> Tensor:
+    """Likewise, without the shift."""
+    raw = vae.encode(image.to(vae.dtype)).latent_dist.mode().float()
+    z: Tensor = raw * vae.config.scaling_factor
+    return z
+
+
+@torch.no_grad()
+def decode_scaled(vae: Any, z: Tensor) -> Tensor:
+    """Likewise, without the shift."""
+    image: Tensor = vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample
     return image.clamp(-1, 1)
 
 

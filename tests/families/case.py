@@ -51,6 +51,8 @@ class Case:
     sizes: Geometry = USUAL
     grid: Grid = (4, 6)  # tokens of the picture
     last_block: str = "s.1"  # how the path of the last block ends
+    blocks: frozenset[str] = frozenset()  # kinds of block, if the class does not list them
+    length_name: str = "max_sequence_length"  # the pipeline's argument for `length`; "": none
     length: int = 12  # words that the tests ask for
     pipeline_parts: Mapping[str, Any] = field(default_factory=dict)  # further arguments of it
     loose: frozenset[str] = frozenset()  # names of embeddings that are as long as the prompt
@@ -77,7 +79,8 @@ class Case:
     def call(self) -> dict[str, Any]:
         """Arguments of the pipeline: one picture, without guidance."""
         asked = {"prompt": "a bee", "height": self.height, "width": self.width}
-        return {**asked, "max_sequence_length": self.length, **self.options}
+        length = {self.length_name: self.length} if self.length_name else {}
+        return {**asked, **length, **self.options}
 
     def read_answer(self, raw: Any, call: dict[str, Any]) -> Tensor:
         """What the transformer answered to this call, as a map."""

@@ -18,6 +18,7 @@ from tests.families.case import FOUR_LEVELS, case_of, published_net
 from tests.tiny import (
     lifted_pair,
     tiny_pipeline,
+    tiny_text,
     tiny_transformer,
     tiny_vae,
 )
@@ -145,6 +146,15 @@ def test_flux2_adapts_the_layers_that_were_published():
     }
     assert len(paths) == 2 * 4 + 2 + 2  # two double blocks, two single ones, the time embedder
     assert not any(path.startswith("transformer_blocks") and "attn" in path for path in paths)
+
+
+def test_auraflow_refuses_more_positions_than_it_learned():
+    """The class itself would count from the table's other end, without a word."""
+    family, net = FAMILIES["auraflow"], tiny_transformer("auraflow")  # 8 x 8 positions
+    text, time = tiny_text("auraflow", 1), torch.ones(1)
+    family.run(net, torch.zeros(1, 4, 16, 4), time, text)
+    with pytest.raises(BadData, match="is 9 tokens long, but this model knows positions up to 8"):
+        family.run(net, torch.zeros(1, 4, 4, 18), time, text)
 
 
 # -- the base's own time shift

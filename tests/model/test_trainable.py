@@ -16,6 +16,7 @@ from asymlift.model.trainable import (
     train_everything,
     train_parts,
 )
+from tests.families.case import case_of
 from tests.tiny import lifted_pair, tiny_transformer
 
 ROLES = ["first", "last", "final_norm"]
@@ -283,7 +284,7 @@ def test_muon_is_for_the_matrices_of_blocks_that_train_in_full(name):
     """Not for the first and the last map, embedders, norms, biases and LoRA's factors."""
     family, net = FAMILIES[name], tiny_transformer(name)
     blocks = repeated_blocks(net)
-    known = getattr(net, "_repeated_blocks", []) or ["JointTransformerBlock"]
+    known = case_of(name).blocks or getattr(net, "_repeated_blocks", [])
     assert {type(block).__name__ for block in blocks.values()} == set(known)
 
     trainable = train_everything(net)

@@ -84,6 +84,7 @@ CASE = Case(
         ),
     ),
     options={"guidance_scale": 1.0},
+    blocks=frozenset({"JointTransformerBlock"}),
     mu=straight_mu(1.16),
     loose=frozenset({"encoder_hidden_states"}),  # CLIP is 77 words long in published ones
 )

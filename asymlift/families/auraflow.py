@@ -1,0 +1,95 @@
+"""AuraFlow: diffusers AuraFlowTransformer2DModel, which patches by itself.
+
+Positions come from a learned table, so a picture can have no more rows than the table. The text is
+not masked: behind the words the pipeline writes zeros, and the model attends to them.
+B images, L text tokens, C channels, q the latent patch.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymlift.errors import BadData
+from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    Text,
+    check_channels,
+    plain_shift,
+    setting,
+    vae_factor,
+)
+from asymlift.families.text import stack_text
+
+LENGTH = 256  # words that the pipeline pads a prompt to
+
+
+def geometry(transformer: Config, vae: Config) -> Geometry:
+    """Read the sizes off the two configs."""
+    q = setting(transformer, "patch_size")
+    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
+    return check_channels(sizes, setting(transformer, "in_channels"), "auraflow")
+
+
+def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
+    """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
+    side, most = max(latent.shape[-2:]), math.isqrt(net.config.pos_embed_max_size)
+    if side > most * net.config.patch_size:  # the class would read other positions, and not say so
+        raise BadData(
+            f"auraflow: the picture is {side // net.config.patch_size} tokens long, "
+            f"but this model knows positions up to {most}; use smaller pictures"
+        )
+    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
+    return out
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipeline: Any, prompts: Sequence[str], max_length: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Embed each prompt, (L, width), zeros behind it included."""
+    length = {} if max_length is None else {"max_sequence_length": max_length}
+    words = pipeline.encode_prompt(
+        prompt=list(prompts), do_classifier_free_guidance=False, **length
+    )[0]
+    return [{"encoder_hidden_states": one.clone()} for one in words]
+
+
+AURAFLOW = Family(
+    name="auraflow",
+    transformer="AuraFlowTransformer2DModel",
+    pipelines=("AuraFlowPipeline",),
+    first="pos_embed.proj",
+    last="proj_out",
+    final_norm="norm_out",
+    order_in="c p q",
+    order_out="p q c",
+    sign=+1,
+    geometry=geometry,
+    channels=lambda c: {"in_channels": c, "out_channels": c},
+    time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
+    run=run,
+    encode_latents=encode_scaled,
+    decode_latents=decode_scaled,
+    encode_prompt=encode_prompt,
+    collate=stack_text,
+    text_shapes=lambda config, length: {
+        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
+    },
+    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    lora_targets=(
+        "joint_transformer_blocks.*.ff.*",  # linear_1, linear_2, out_projection
+        "joint_transformer_blocks.*.ff_context.*",
+        "single_transformer_blocks.*.ff.*",
+        "*_transformer_blocks.*.attn.to_out.0",
+        "time_step_proj.linear_*",
+    ),
+    checkpoints=("fal/AuraFlow", "fal/AuraFlow-v0.2", "fal/AuraFlow-v0.3"),
+    tier="free",
+    sizes=Geometry(vae_factor=8, channels=4, patch=2),
+)
