@@ -381,6 +381,19 @@ def demo(
         raise typer.Exit(int(Exit.UNEXPECTED))
 
 
+@command("families")
+def families(as_json: AsJson = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+    """List the kinds of model that can be ported, and what is proven of each."""
+    from asymlift.stages import families as stage
+
+    if as_json:
+        log.print_json(stage.as_json())
+    else:
+        log.answer_drawn(stage.render(), stage.WIDTH)
+        for line in ["", *stage.remarks()]:
+            log.answer(line)
+
+
 @command("inspect")
 def inspect(
     path: Annotated[
@@ -451,10 +464,6 @@ def doctor(
     if as_json:
         log.print_json(stage.as_json(checks))
     else:
-        from rich.console import Console
-
-        console = Console()
-        wide = None if console.is_terminal else stage.WIDTH
-        Console(width=wide).print(stage.render(checks))
+        log.answer_drawn(stage.render(checks), stage.WIDTH)
     if not stage.is_fit(checks):
         raise typer.Exit(int(Exit.UNAVAILABLE))

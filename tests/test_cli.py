@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from asymlift import __version__
 from asymlift.cli import app
 from asymlift.errors import Exit
+from asymlift.families import FAMILIES
 from tests.stages.small_run import build, recipe_values
 
-COMMANDS = ["fit-basis", "convert", "finetune", "sample", "demo", "inspect", "verify", "doctor"]
+COMMANDS = ["fit-basis", "convert", "finetune", "sample", "demo"]
+COMMANDS += ["families", "inspect", "verify", "doctor"]
 
 
 def run(*arguments: object):
@@ -242,6 +244,18 @@ def test_verify_fails_on_one_flipped_bit(recipe, tmp_path):
 
     assert result.exit_code == Exit.BAD_DATA
     assert "problem:" in result.output
+
+
+def test_families_are_listed_with_what_is_proven_of_each():
+    shown = run("families").output
+    found = json.loads(run("families", "--json").output)["families"]
+
+    assert [family["name"] for family in found] == list(FAMILIES)
+    for family in found:
+        assert family["class"] in shown and all(name in shown for name in family["checkpoints"])
+        assert f"{family['d']}/{family['D']}" in shown
+        assert all(why in shown for why in family["unproven"].values())
+    assert "sampling: the stock pipeline around the lifted model ends on" in shown
 
 
 def test_doctor_answers_in_both_forms():

@@ -6,7 +6,7 @@ D = 3 p^2, and C' = 3 f^2: the channels of a pixel image that is read as a laten
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -18,6 +18,14 @@ from asymlift.maths.patches import Order
 
 Config = Mapping[str, Any]
 Text = dict[str, Tensor | list[Tensor]]
+
+# What the tests show of every family on every commit, on tiny models of the real classes.
+PROOFS = {
+    "lift": "the lifted model computes what the latent one does, float64 and float32",
+    "pipeline": "time, sign, ids, masks, prompts and latents are those of the real pipeline",
+    "sampling": "the stock pipeline around the lifted model ends on s A z of the latent one",
+    "training": "bf16, gradient checkpointing and LoRA, in the engine that finetune runs",
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class Family:
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
     library: str | None = None  # one's own package, whose classes a checkpoint may name too
+    sizes: Geometry | None = None  # of the published checkpoints
+    unproven: Mapping[str, str] = field(default_factory=dict)  # which of PROOFS is not, and why
     heavy_text: str | None = None  # why captions are better encoded while training
 
     @property

@@ -109,4 +109,5 @@ FLUX1 = Family(
     ),
     checkpoints=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
     tier="free",
+    sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

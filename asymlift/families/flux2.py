@@ -142,4 +142,5 @@ FLUX2 = Family(
         "black-forest-labs/FLUX.2-klein-base-9B",
     ),
     tier="free",
+    sizes=Geometry(vae_factor=8, channels=32, patch=2),
 )

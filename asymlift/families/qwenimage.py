@@ -94,4 +94,5 @@ QWENIMAGE = Family(
     ),
     checkpoints=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
     tier="free",
+    sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

@@ -106,4 +106,5 @@ SD3 = Family(
         "stabilityai/stable-diffusion-3.5-large",
     ),
     tier="free",
+    sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

@@ -92,4 +92,5 @@ ZIMAGE = Family(
     ),
     checkpoints=("Tongyi-MAI/Z-Image",),
     tier="free",
+    sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

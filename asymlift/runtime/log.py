@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asymlift.artifacts.files import follow_no_link
@@ -178,6 +178,12 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
 def answer(text: str) -> None:
     """A line on stdout: what a command was asked for."""
     sys.stdout.write(f"{redacted(text)}\n")
+
+
+def answer_drawn(drawn: RenderableType, width: int) -> None:
+    """A rich table on stdout: as wide as the terminal, or so wide where there is none."""
+    out = Console()
+    Console(width=None if out.is_terminal else width).print(drawn)
 
 
 def print_json(document: Any) -> None:

@@ -28,10 +28,12 @@ from tests.tiny import (
 def test_published_checkpoints_have_the_paths_and_sizes_that_are_stated(name):
     """The class at full size, without weights: a user's checkpoint is this one."""
     family = FAMILIES[name]
+    assert {published.name for published in case_of(name).published} <= {*family.checkpoints}
     for published in case_of(name).published:
         net = published_net(family.transformer, published)
         sizes = family.geometry(dict(net.config), published.vae)
         assert (sizes.d, sizes.D) == (published.d, published.D)
+        assert family.sizes is None or sizes == family.sizes
         for path in family.first_maps:
             weight = net.get_submodule(path).weight
             assert weight.shape[1] * math.prod(weight.shape[2:]) >= sizes.d
