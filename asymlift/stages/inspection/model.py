@@ -24,6 +24,7 @@ from asymlift.runtime.metrics import read_metrics
 from asymlift.stages.fit_basis import verdict_on
 from asymlift.stages.inspection.data import inspect_data, is_data
 from asymlift.stages.inspection.report import SHOWN, Inspection, brief, some_of
+from asymlift.stages.inspection.single_file import portability_of
 
 KNOWN = (
     "a recipe (.yaml), a basis or other tensors (.safetensors), a shard (.tar) or a folder of "
@@ -121,7 +122,10 @@ def _tensors(path: Path) -> Inspection:
         ("numbers", f"{_count(_numbers([header]))}, {_dtypes([header])}"),
         ("size", human_bytes(path.stat().st_size)),
     ]
+    more_rows, can_be_ported = portability_of(header.tensors)
+    rows += more_rows
     facts = {
+        "can_be_ported": can_be_ported,
         "num_tensors": len(names),
         "num_parameters": _numbers([header]),
         "metadata": header.metadata,

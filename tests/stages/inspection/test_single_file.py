@@ -1,0 +1,66 @@
+"""One file of weights is recognised by its tensors, in diffusers' names or in its authors' own."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from asymlift.artifacts.safetensors_stream import TensorInfo
+from asymlift.families import FAMILIES
+from asymlift.stages.inspection.model import inspect_path
+from asymlift.stages.inspection.single_file import ORIGINAL, portability_of
+from tests.tiny import tiny_transformer
+
+# As the files of their authors have them; shapes where diffusers looks at them.
+AUTHORS = {
+    "flux1": {
+        "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
+        "img_in.weight": (3072, 64),
+        "guidance_in.in_layer.bias": (3072,),
+    },
+    "flux2": {"single_stream_modulation.lin.weight": (18432, 6144)},
+    "sd3": {
+        "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,),
+        "model.diffusion_model.pos_embed": (1, 36864, 1536),
+    },
+    "zimage": {"model.diffusion_model.layers.0.adaLN_modulation.0.weight": (15360, 256)},
+}
+
+
+def as_stored(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo("BF16", shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_in_diffusers_names_are_recognised(name):
+    shapes = {key: tuple(t.shape) for key, t in tiny_transformer(name).state_dict().items()}
+    rows, can_be_ported = portability_of(as_stored(shapes))
+    said = dict(rows)
+    assert can_be_ported and name in said["family"].partition(" (")[0].split(" or ")
+    assert "from_single_file" in said["can be ported"]
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_weights_in_their_authors_own_names_are_recognised(name):
+    rows, can_be_ported = portability_of(as_stored(AUTHORS[name]))
+    assert can_be_ported and dict(rows)["family"].startswith(f"{name} (its authors' own format")
+
+
+def test_a_model_that_cannot_be_ported_is_named_and_refused():
+    stable_diffusion = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}
+    rows, can_be_ported = portability_of(as_stored(stable_diffusion))
+    assert not can_be_ported
+    assert rows[0] == ("format", "v1") and rows[1][1].startswith("no: no family for v1")
+
+
+def test_other_tensors_are_nobodys(tmp_path):
+    path = tmp_path / "some.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    found = inspect_path(path)
+    assert found.facts["can_be_ported"] is False
+    assert "family" not in dict(found.rows)
+
+
+def test_every_format_that_we_name_is_one_that_diffusers_can_tell():
+    from diffusers.loaders import single_file_utils
+
+    assert ORIGINAL.keys() <= single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS.keys()
