@@ -363,6 +363,28 @@ class FinetuneSection(Section):
         return self
 
     @model_validator(mode="after")
+    def muon_has_matrices(self) -> Self:
+        outside = {"first", "last", "final_norm"}
+        if (
+            self.optimizer.kind == "muon"
+            and self.train != "full"
+            and outside.issuperset(self.train.modules)
+        ):
+            raise ValueError(
+                "optimizer.kind: muon is for matrices inside the transformer's blocks, and none of "
+                "them trains in full (adapters, the first and the last map take AdamW); use kind: "
+                "adamw, train: full, or name modules of blocks in train.modules"
+            )
+        return self
+
+    @field_validator("trackers", mode="after")
+    @classmethod
+    def each_tracker_once(cls, trackers: list[str]) -> list[str]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("each tracker once")
+        return trackers
+
+    @model_validator(mode="after")
     def reference_exists(self) -> Self:
         reduced = self.loss.kind == "variance_reduced"
         if self.train == "full" and reduced and self.loss.reference == "shared":

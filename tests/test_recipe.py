@@ -63,6 +63,8 @@ def test_a_minimal_recipe_has_the_published_constants(recipe_file):
         ("finetune={optimizer: {kind: adamw_8bit}, zero: {offload: optimizer}}", "use kind: adamw"),
         ("finetune={compile: true, zero: {stage: 3}}", "compile: at zero.stage 3 weights come"),
         ("finetune.optimizer.kind=lion", "input should be 'adamw', 'adamw_8bit' or 'muon'"),
+        ("finetune.optimizer.kind=muon", "kind: muon is for matrices inside the transformer's"),
+        ("finetune.trackers=[wandb, wandb]", "finetune.trackers: each tracker once"),
         ("finetune.optimizer.momentum=1", "optimizer.momentum: input should be less than 1"),
         ("color.mean=fit", "mean and std are both numbers, or both `fit`"),
         ("name=a/b", "name: `a/b` becomes a folder"),
@@ -122,6 +124,15 @@ def test_yaml_without_surprises(tmp_path, text, said):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert said in refusal(path)
+
+
+def test_muon_is_for_what_may_hold_matrices(recipe_file):
+    """Whether a named module holds some, the model says."""
+    for override in (
+        "finetune={optimizer: {kind: muon}, train: full, loss: {reference: copy}}",
+        "finetune={optimizer: {kind: muon}, train: {modules: [last, blocks.0.attn]}}",
+    ):
+        assert load_recipe(recipe_file, [override]).finetune.optimizer.kind == "muon"
 
 
 def test_words_and_numbers_are_what_they_look_like(recipe_file):

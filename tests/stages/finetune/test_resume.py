@@ -241,8 +241,10 @@ def test_other_names_shapes_or_order_are_refused(checkpoint, parameters):
         check_changes(checkpoint, now, allowed=True)
 
 
-def test_an_optimizer_changes_only_into_one_that_remembers_alike(checkpoint):
-    alike, other = facts(optimizer={"kind": "adamw_8bit"}), facts(optimizer={"kind": "muon"})
+def test_an_optimizer_changes_only_into_one_that_remembers_alike(tmp_path):
+    train = {"modules": ["blocks.0.attn"]}
+    alike, other = (facts(optimizer={"kind": k}, train=train) for k in ("adamw_8bit", "muon"))
+    checkpoint = saved(tmp_path, 5, facts(train=train))
     with pytest.raises(BadData, match="add --allow-changes"):
         check_changes(checkpoint, alike, allowed=False)
     [change] = check_changes(checkpoint, alike, allowed=True)
