@@ -7,6 +7,8 @@ attributes of modules, which dynamo's guards look at, so each branch gets a grap
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -27,6 +29,22 @@ def compile_blocks(net: nn.Module, device: torch.device, backend: str = "inducto
     limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
     for block in repeated_blocks(net).values():
         block.compile(backend=backend)
+
+
+@contextmanager
+def explaining_compiler() -> Iterator[None]:
+    """Inside, what torch.compile stumbles over is an error that says how to do without it."""
+    try:
+        yield
+    except Exception as error:
+        if all(kind.__module__ != "torch._dynamo.exc" for kind in type(error).__mro__):
+            raise
+        said = str(error).strip().splitlines()[0][:200]
+        raise Unavailable(
+            f"finetune.compile: torch.compile failed ({said}); its compiler may have been killed, "
+            "or have had no room to write.\nRun the same command again, or do without: "
+            "--set finetune.compile=false"
+        ) from error
 
 
 def check_compiler(device: torch.device) -> None:

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from asymlift.errors import Exit, Unavailable
 from asymlift.families import FAMILIES
-from asymlift.model.compiling import check_compiler, compile_blocks
+from asymlift.model.compiling import check_compiler, compile_blocks, explaining_compiler
 from asymlift.model.reference import as_reference
 from asymlift.model.trainable import Adapters, repeated_blocks, train_parts
 from tests.families.case import CHANNELS
@@ -77,6 +77,23 @@ def test_the_compilers_own_code_agrees_too(net):
     compile_blocks(net, CPU)
     for made, expected in zip(both_branches(net), before, strict=True):
         assert_close(made, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_compiler_that_is_killed_is_no_traceback(monkeypatch, tmp_path):
+    """Nor is what comes of other things changed."""
+    killed = tmp_path / "g++"
+    killed.write_text('#!/bin/sh\ncase "$1" in -*) exec g++ "$@";; esac\nkill -9 $$\n')
+    killed.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    compiled = torch.compile(lambda x: (x.sin() + x.cos()).exp())
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, str(killed))}),
+        pytest.raises(Unavailable, match=r"torch\.compile failed \(.+\).*\n.*compile=false"),
+        explaining_compiler(),
+    ):
+        compiled(torch.randn(4, 64))
+    with pytest.raises(ZeroDivisionError), explaining_compiler():
+        1 / 0
 
 
 def test_without_a_compiler_it_says_so_before_anything_runs(net, monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ from asymlift.artifacts.manifest import digest_json
 from asymlift.data.feed import Feed
 from asymlift.errors import StoppedEarly, UserError
 from asymlift.families import family_of_lifted
+from asymlift.model.compiling import explaining_compiler
 from asymlift.model.ema import Ema
 from asymlift.recipe import Recipe
 from asymlift.runtime import dist, watch
@@ -104,7 +105,7 @@ def finetune(
             return dist.first_does(ranks, lambda: nothing_left(recipe, found))
         with explaining_memory(recipe, ranks, dict):
             run = Run(recipe, ranks, device, accumulation, zero3 or {})
-        with explaining_memory(recipe, ranks, run.resident):
+        with explaining_memory(recipe, ranks, run.resident), explaining_compiler():
             return run.to_the_end(found, start, request)
 
 
