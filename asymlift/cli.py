@@ -346,7 +346,10 @@ def plan(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a finetune will take of memory, disk and data, and what to change if too much."""
+    """Say what a finetune will take of memory, disk and data, and what to change if too much.
+
+    Exits with 69 if it does not fit, as `doctor` does on a machine that is not fit.
+    """
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         show_plan(resolved, as_json=as_json, checks={"gpus": gpus, "GiB per GPU": gpu_memory})
@@ -356,9 +359,11 @@ def plan(
     report = stage.plan(resolved, gpus, gpu_memory)
     if as_json:
         log.print_json(stage.as_json(report))
-        return
-    for line in stage.render(report):
-        typer.echo(line)
+    else:
+        for line in stage.render(report):
+            typer.echo(line)
+    if not report.fits:
+        raise typer.Exit(int(Exit.UNAVAILABLE))
 
 
 @command("demo")

@@ -126,6 +126,17 @@ def test_a_dry_run_prints_the_whole_recipe_and_writes_nothing(recipe, command):
     assert "finetune:" in run(command, recipe, "--dry-run").output
 
 
+def test_a_dry_run_of_finetune_looks_for_what_is_held_out(recipe):
+    held = recipe.parent / "held.tar"
+    wanted = ["--set", "finetune.validation={every: 2}", "--set", f"data.validation={held}"]
+    missing = run("finetune", recipe, "--dry-run", *wanted)
+    assert missing.exit_code == Exit.BAD_DATA
+    assert "held.tar: there is no such shard" in missing.output
+    wanted[-1] = f"data.validation={recipe.parent}/shards/000000.tar"
+    found = run("finetune", recipe, "--dry-run", "--json", *wanted)
+    assert json.loads(found.stdout)["checks"]["held out"] == "1 source"
+
+
 def test_a_dry_run_of_sample_checks_the_size(recipe):
     wanted = ["--prompt", "a red disc", "--weights", "lifted", "--dry-run"]
 

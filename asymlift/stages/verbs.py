@@ -181,6 +181,11 @@ def about_data(recipe: Recipe) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def num_sources(patterns: Patterns) -> str:
+    found = expand(patterns)
+    return plural(len(found.shards) + len(found.listings), "source")
+
+
 def about_stream(recipe: Recipe) -> dict[str, int]:
     return {"shards, streamed": len(expand_urls(recipe.data.train))}
 
@@ -250,10 +255,12 @@ def check_finetune(recipe: Recipe, resume: str = AUTO) -> dict[str, Any]:
     check_packages(recipe.finetune)
     if recipe.finetune.preview is not None:
         read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
+    held_out = recipe.data.validation if recipe.finetune.validation is not None else None
     found = chosen_checkpoint(checkpoints_path(recipe), resume)
     return {
         "lifted": str(needed(lifted_path(recipe), "convert")),
         **(about_stream(recipe) if recipe.data.mode == "stream" else about_data(recipe)),
+        **({"held out": num_sources(held_out)} if held_out else {}),
         "ranks": ranks.world,
         "batch": f"{ranks.world} x {recipe.finetune.micro_batch} x {accumulation} accumulated",
         "starts at step": found.step if found else 0,

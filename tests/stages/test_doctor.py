@@ -282,6 +282,15 @@ def test_what_a_recipe_names_is_looked_for(tmp_path):
     assert "streamed" in found()["training data"].found
 
 
+def test_a_run_folder_that_cannot_be_written_is_a_failure(tmp_path):
+    (tmp_path / "runs").touch()  # a file where a folder should be
+    values = {"name": "x", "runs": str(tmp_path / "runs"), "model": {"base": "embedded:tiny"}}
+    recipe = check_recipe(values | {"data": {"train": "a.tar"}}, "recipe")
+    [check] = doctor_recipe.run_folder(recipe)
+    assert check.status == "fail"
+    assert check.found == f"{tmp_path / 'runs'} cannot be written to (Not a directory)"
+
+
 def test_what_a_look_finds_wrong_in_a_recipe_is_said_as_it_is():
     def look():
         raise BadData("this and that")

@@ -177,6 +177,15 @@ def test_wrong_inputs_are_named(tmp_path, options, base, code, said):
     assert said in result.output + (result.stderr or "")
 
 
+def test_what_does_not_fit_is_an_exit_code_too(tmp_path):
+    """After the whole table, so that a job script can tell."""
+    tight = run(tmp_path, "--gpus", "1", "--gpu-memory", "0.1")
+    assert tight.exit_code == 69 and "TOO MUCH" in tight.stdout and "does not fit" in tight.stdout
+    document = run(tmp_path, "--gpus", "1", "--gpu-memory", "0.1", "--json")
+    assert document.exit_code == 69 and json.loads(document.stdout)["fits"] is False
+    assert "69" in CliRunner().invoke(app, ["plan", "--help"]).stdout
+
+
 def test_json_is_one_document(tmp_path):
     result = run(tmp_path, "--gpus", "1", "--json")
     assert result.exit_code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -101,4 +102,11 @@ def run_folder(recipe: Recipe) -> Iterator[Check]:
     folder = recipe.run_folder
     there = next(path for path in (folder, *folder.parents) if path.exists())
     found = f"{folder}, {gib(shutil.disk_usage(there).free)} free"
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # what root may not is seen by trying alone
+    except OSError as error:
+        refused = f"{there} cannot be written to ({error.strerror})"
+        remedy = "change its permissions, or choose another `runs` folder"
+        yield Check("run folder", "fail", refused, "", remedy)
+        return
     yield Check("run folder", "ok", found)
