@@ -153,6 +153,20 @@ def test_previews_or_validation_take_the_largest_tensor_to_show_the_average(
         assert phase not in phases(**use, ema=None)[0]
 
 
+def test_only_the_base_of_a_preview_in_float32_is_on_the_host_before_it_is_on_the_device(tmp_path):
+    def loading(**finetune):
+        recipe = recipe_of(tmp_path, train="full", **finetune)
+        planner = Planner(recipe, blueprint_of(recipe), 1)
+        net = planner.model(recipe.finetune).step.student.net
+        return planner.loading(recipe.finetune), 4 * sum(p.numel() for p in net.parameters())
+
+    preview = {"every": 1, "prompts": ["a disc"]}
+    assert loading(precision="bfloat16", preview=preview)[0] == 0
+    assert loading(precision="float32", preview=None)[0] == 0
+    held, base = loading(precision="float32", preview=preview)
+    assert held == base > 0
+
+
 def run(tmp_path: Path, *options: str, base: str = "embedded:tiny"):
     values = small(tmp_path)
     values["model"]["base"] = base

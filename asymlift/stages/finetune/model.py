@@ -38,9 +38,11 @@ def build_step(
     """The lifted model, made trainable, with its reference and its losses."""
 
     def load() -> PixelFlow:
-        net = load_transformer(
-            lifted.folder, family, dtype="stored" if precision else torch.float32
-        )
+        # It goes to the device as it is stored, mapped from files that the ranks of a node share:
+        # in float32 it would lie on the host once for each of them.
+        net = load_transformer(lifted.folder, family).to(device)
+        if precision is None:
+            net.float()
         return PixelFlow(net, family, lifted.geometry, lifted.A, lifted.s, precision)
 
     perceptual = load_perceptual(settings, device)

@@ -263,11 +263,13 @@ class Planner:
         return -(-largest // self.world) if settings.zero.stage == 3 else largest
 
     def loading(self, settings: FinetuneSection) -> int:
-        """What a rank's host holds before weights are on the device: a full run's, in float32."""
-        if settings.train != "full" and settings.precision == "bfloat16":
-            return 0  # mapped from the files, which ranks share
-        built = self.model(settings)
-        return sum(p.numel() * p.element_size() for p in built.step.parameters())
+        """What a rank's host holds of the base, in float32, before it draws the first preview.
+
+        What trains is mapped from the files, which ranks share, until it is on the device.
+        """
+        if settings.precision == "bfloat16" or settings.preview is None:
+            return 0
+        return 4 * sum(p.numel() for p in self.model(settings).step.student.net.parameters())
 
     # --- what could be changed ------------------------------------------------------------------
 
