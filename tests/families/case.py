@@ -59,6 +59,7 @@ class Case:
     answer: str = "hidden_states"  # the argument whose place and form the answer has
     state: Callable[[Tensor], Tensor] | None = None  # the scheduler's state -> map; else by `read`
     levels: Callable[[Any], Tensor] = lambda scheduler: scheduler.sigmas[:-1]
+    timesteps: Callable[[Tensor, int], Tensor] | None = None  # (levels, tokens); 1000 times levels
     raw_latent: Callable[[Any, Tensor], Tensor] = lambda vae, image: (  # (VAE, image) -> (B, ...)
         vae.encode(image).latent_dist.mode()
     )
@@ -108,14 +109,19 @@ def published_net(transformer: str, published: Published) -> Any:
 
 # -- pieces that several cases share
 
-SMALL_VAE: dict[str, Any] = {  # AutoencoderKL, 4 times down
-    "block_out_channels": (8, 8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": CHANNELS,
-}
+
+def small_vae(levels: int = 3) -> dict[str, Any]:
+    """The config of AutoencoderKL and its like: 4 times down unless asked."""
+    return {
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": CHANNELS,
+    }
+
+
 FOUR_LEVELS = {"block_out_channels": [128, 256, 512, 512]}  # of most published VAEs: 8 times down
 
 
@@ -124,9 +130,16 @@ def diffusers_part(kind: str, **config: Any) -> Callable[[], Any]:
     return lambda: getattr(third_party.library("diffusers"), kind)(**config)
 
 
-def kl_vae(**constants: float | None) -> Callable[[], Any]:
-    """AutoencoderKL, 4 times down; constants are scaling_factor and shift_factor."""
-    return diffusers_part("AutoencoderKL", **SMALL_VAE, **constants)
+def kl_vae(**config: Any) -> Callable[[], Any]:
+    """AutoencoderKL, 4 times down; config is scaling_factor, shift_factor and what differs."""
+    return diffusers_part("AutoencoderKL", **{**SMALL_VAE, **config})
+
+
+EIGHT_DOWN: dict[str, Any] = {  # for `kl_vae`, where the model must know the factor
+    "block_out_channels": (8,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 
 
 def flow_scheduler(**config: Any) -> Callable[[], Any]:

@@ -189,7 +189,8 @@ def _last_state(name: str, net: Any, noise: Tensor, levels: Tensor) -> Tensor:
     """Run the stock pipeline from this noise over these levels; return its last tokens."""
     case, states = case_of(name), []
     pipeline = tiny_pipeline(name, transformer=net)
-    pipeline.scheduler = scheduler_with(levels, states)
+    times = case.timesteps and case.timesteps(levels, noise.shape[1])
+    pipeline.scheduler = scheduler_with(levels, states, times)
     if hasattr(pipeline.vae, "bn"):
         # applied at the end, to no use
         pipeline.vae.bn = torch.nn.BatchNorm2d(noise.shape[-1])
@@ -202,15 +203,16 @@ def _last_state(name: str, net: Any, noise: Tensor, levels: Tensor) -> Tensor:
     return image_to_tokens(case.read_state(states[-1]), case.sizes.patch)
 
 
-def scheduler_with(levels: Tensor, states: list[Tensor]) -> Any:
+def scheduler_with(levels: Tensor, states: list[Tensor], times: Tensor | None = None) -> Any:
     """Euler over these levels, whatever the pipeline asks for; what it makes is kept."""
+    called = None if times is None else times.tolist()
     kind = third_party.library("diffusers").FlowMatchEulerDiscreteScheduler
 
     class Given(kind):  # type: ignore[misc, valid-type]
         def set_timesteps(
             self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
         ):
-            super().set_timesteps(sigmas=levels.tolist(), device=device)
+            super().set_timesteps(sigmas=levels.tolist(), timesteps=called, device=device)
 
         def step(self, *args: Any, **kwargs: Any) -> Any:
             made = super().step(*args, **kwargs)

@@ -6,7 +6,6 @@ from tests.families.case import (
     CHANNELS,
     FOUR_LEVELS,
     LENGTH,
-    SMALL_VAE,
     WORDS,
     Case,
     Published,
@@ -14,12 +13,13 @@ from tests.families.case import (
     diffusers_part,
     flow_scheduler,
     read_packed,
+    small_vae,
 )
 from tests.families.text_parts import qwen3
 
 
 def vae():
-    made = diffusers_part("AutoencoderKLFlux2", **SMALL_VAE)()
+    made = diffusers_part("AutoencoderKLFlux2", **small_vae())()
     made.bn.running_mean.normal_()
     made.bn.running_var.uniform_(0.5, 2)
     return made
