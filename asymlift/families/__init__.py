@@ -6,14 +6,32 @@ from difflib import get_close_matches
 from asymlift.errors import BadRecipe
 from asymlift.families.auraflow import AURAFLOW
 from asymlift.families.base import Config, Family
+from asymlift.families.bria import BRIA
+from asymlift.families.chroma import CHROMA
+from asymlift.families.cogview4 import COGVIEW4
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
+from asymlift.families.longcat import LONGCAT
+from asymlift.families.ovis import OVIS
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.sd3 import SD3
 from asymlift.families.zimage import ZIMAGE
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (AURAFLOW, FLUX1, FLUX2, QWENIMAGE, SD3, ZIMAGE)
+    family.name: family
+    for family in (
+        AURAFLOW,
+        BRIA,
+        CHROMA,
+        COGVIEW4,
+        FLUX1,
+        FLUX2,
+        LONGCAT,
+        OVIS,
+        QWENIMAGE,
+        SD3,
+        ZIMAGE,
+    )
 }
 
 

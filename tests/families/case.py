@@ -67,6 +67,7 @@ class Case:
     vae_channels: str = "latent_channels"  # in the VAE's config
     mu: Callable[[Any, int, int], float | None] = lambda module, num_tokens, steps: None
     cannot_sample_pixels: str = ""  # why the stock pipeline cannot run the lifted model
+    shared_modulation: str = ""  # why the final norm's weights steer the blocks too
 
     @property
     def height(self) -> int:
@@ -130,16 +131,9 @@ def diffusers_part(kind: str, **config: Any) -> Callable[[], Any]:
     return lambda: getattr(third_party.library("diffusers"), kind)(**config)
 
 
-def kl_vae(**config: Any) -> Callable[[], Any]:
-    """AutoencoderKL, 4 times down; config is scaling_factor, shift_factor and what differs."""
-    return diffusers_part("AutoencoderKL", **{**SMALL_VAE, **config})
-
-
-EIGHT_DOWN: dict[str, Any] = {  # for `kl_vae`, where the model must know the factor
-    "block_out_channels": (8,) * 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
+def kl_vae(*, levels: int = 3, **constants: float | None) -> Callable[[], Any]:
+    """AutoencoderKL, 4 times down unless asked; constants are scaling_factor and shift_factor."""
+    return diffusers_part("AutoencoderKL", **small_vae(levels), **constants)
 
 
 def flow_scheduler(**config: Any) -> Callable[[], Any]:

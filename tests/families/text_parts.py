@@ -124,3 +124,21 @@ def t5(width: int = WORDS, kind: str = "T5") -> Any:
         vocab_size=4 + len(LETTERS), d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2
     )
     return random_model(f"{kind}EncoderModel", config)
+
+
+def glm(hidden: int) -> Any:
+    """GLM-4, of which CogView4 reads the last layer but one."""
+    config = third_party.library("transformers").GlmConfig(
+        vocab_size=4 + len(LETTERS),
+        hidden_size=hidden,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return random_model("GlmModel", config)
