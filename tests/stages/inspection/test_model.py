@@ -18,6 +18,7 @@ from asymlift.runtime import third_party
 from asymlift.stages.convert import ConvertPlan, convert
 from asymlift.stages.inspection.model import inspect_path
 from tests import tiny
+from tests.families.case import case_of
 
 RECIPE = """
 name: my-port
@@ -148,7 +149,9 @@ def test_a_base_of_every_family(name, tmp_path, monkeypatch):
     assert found.title == family.pipelines[0]
     assert rows["can be ported"] == f"yes, as family {name}"
     assert rows["token order"] == f"{family.order_in} in, {family.order_out} out"
-    assert rows["tokens"].startswith("8 x 8 pixels: 192 numbers; 16 in latents (4 channels")
+    sizes = case_of(name).sizes
+    p = sizes.pixel_patch
+    assert rows["tokens"].startswith(f"{p} x {p} pixels: {sizes.D} numbers; {sizes.d} in latents")
     component = found.facts["components"]["transformer"]
     assert component["class"] == family.transformer
     assert component["num_parameters"] == sum(t.numel() for t in net.state_dict().values())
