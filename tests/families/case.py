@@ -131,9 +131,9 @@ def diffusers_part(kind: str, **config: Any) -> Callable[[], Any]:
     return lambda: getattr(third_party.library("diffusers"), kind)(**config)
 
 
-def kl_vae(*, levels: int = 3, **constants: float | None) -> Callable[[], Any]:
-    """AutoencoderKL, 4 times down unless asked; constants are scaling_factor and shift_factor."""
-    return diffusers_part("AutoencoderKL", **small_vae(levels), **constants)
+def kl_vae(*, levels: int = 3, **config: Any) -> Callable[[], Any]:
+    """AutoencoderKL, 4 times down unless asked; config is scaling_factor and whatever differs."""
+    return diffusers_part("AutoencoderKL", **{**small_vae(levels), **config})
 
 
 def flow_scheduler(**config: Any) -> Callable[[], Any]:
