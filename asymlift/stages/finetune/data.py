@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -54,6 +55,16 @@ class TrainingData(ABC):
     def reader(self) -> Reader:
         cached = (LATENT, TEXT) if self.reads_text else (LATENT,)
         return Reader(self.recipe.data.caption.source, cached=cached)
+
+    def check(self, family: Family, geometry: Geometry, null_text: Embedding) -> Check:
+        """Whether a sample fits the model, given what is made of it while training."""
+        return partial(
+            check_sample,
+            family=family,
+            geometry=geometry,
+            null_text=null_text,
+            text_online=self.text_online,
+        )
 
     def foreign_latents(self) -> Iterator[Record]:
         """Samples with a cached latent of which nobody says what made it."""

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from asymlift.runtime.shared_folder import check_shared
 from asymlift.runtime.signals import StopRequest, stop_requests
 from asymlift.runtime.tables import show_table
 from asymlift.runtime.watchdog import MARGIN, watched
-from asymlift.stages.finetune.data import Encoders, check_sample, open_training_data
+from asymlift.stages.finetune.data import Encoders, open_training_data
 from asymlift.stages.finetune.journal import METRICS, Journal
 from asymlift.stages.finetune.ledger import Ledger, by_reason, read_skipped
 from asymlift.stages.finetune.memory import explaining_memory, resident
@@ -266,13 +265,7 @@ class Run:
         )
 
     def feed(self, begin: int) -> Feed:
-        check = partial(
-            check_sample,
-            family=self.family,
-            geometry=self.lifted.geometry,
-            null_text=self.maker.null_text,
-            text_online=self.training.text_online,
-        )
+        check = self.training.check(self.family, self.lifted.geometry, self.maker.null_text)
         return self.training.feed(self.ranks, begin, check, self.warn)
 
     @contextmanager

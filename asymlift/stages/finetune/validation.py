@@ -37,7 +37,6 @@ from asymlift.stages.finetune.data import (
     Encoders,
     ExactData,
     StreamData,
-    check_sample,
     open_exact,
     to_cpu,
 )
@@ -155,13 +154,7 @@ class Validation:
 
     def read(self, record: Record) -> tuple[HeldOut | None, str]:
         """A sample, or why it cannot be used."""
-        check = partial(
-            check_sample,
-            family=self.family,
-            geometry=self.lifted.geometry,
-            null_text=self.encoders.null_text,
-            text_online=self.data.text_online,
-        )
+        check = self.data.check(self.family, self.lifted.geometry, self.encoders.null_text)
         choice = self.data.recipe.data.caption.choice
         found = read_sample(self.reader, record, check, choice, self.seed, 0)
         if isinstance(found, BadSample):
