@@ -22,6 +22,7 @@ class Axis(NamedTuple):
     log: bool
     start: float
     end: float
+    whole: bool = False  # of counts: no tick between two numbers
 
     def place(self, value: float) -> float:
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else self[:2]
@@ -36,6 +37,8 @@ def line_chart(
     *,
     log_x: bool = False,
     log_y: bool = False,
+    whole_x: bool = False,
+    whole_y: bool = False,
 ) -> str:
     """Lines with a legend; what is not finite, or not positive on a log axis, is not drawn."""
     drawn = {
@@ -49,8 +52,8 @@ def line_chart(
     legend = legend_places(list(drawn))
     top = TOP + legend[-1][1]
     bottom = top + HEIGHT - TOP - BOTTOM
-    x_axis = Axis(*limits(xs, log_x, snap=False), log_x, LEFT, WIDTH - RIGHT)
-    y_axis = Axis(*limits(ys, log_y, snap=True), log_y, bottom, top)
+    x_axis = Axis(*limits(xs, log_x, snap=False), log_x, LEFT, WIDTH - RIGHT, whole_x)
+    y_axis = Axis(*limits(ys, log_y, snap=True, whole=whole_y), log_y, bottom, top, whole_y)
 
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {bottom + BOTTOM:.0f}" width="{WIDTH}" role="img" '
@@ -113,7 +116,9 @@ def shown(value: float, log: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not log)
 
 
-def limits(values: Sequence[float], log: bool, *, snap: bool) -> tuple[float, float]:
+def limits(
+    values: Sequence[float], log: bool, *, snap: bool, whole: bool = False
+) -> tuple[float, float]:
     """Ends of an axis; `snap` moves them out to the next tick."""
     low, high = min(values), max(values)
     if log:
@@ -124,7 +129,7 @@ def limits(values: Sequence[float], log: bool, *, snap: bool) -> tuple[float, fl
         reach = abs(low) / 2
         return (low - reach, high + reach) if reach else (0.0, 1.0)
     if snap:
-        step = round_step((high - low) / 5)
+        step = max(round_step((high - low) / 5), 1.0 if whole else 0.0)
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     return low, high
 
@@ -133,7 +138,7 @@ def ticks(axis: Axis) -> list[float]:
     """Round values inside the axis, about five."""
     slack = (axis.high - axis.low) * 1e-9
     if not axis.log:
-        step = round_step((axis.high - axis.low) / 5)
+        step = max(round_step((axis.high - axis.low) / 5), 1.0 if axis.whole else 0.0)
         first, last = math.ceil((axis.low - slack) / step), math.floor((axis.high + slack) / step)
         return [number * step for number in range(first, last + 1)]
     decades = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)

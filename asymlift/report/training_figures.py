@@ -15,6 +15,8 @@ class Figure:
     parts: str = ""  # a key whose value is a list: one curve each
     names: Callable[[Mapping[str, Any]], list[str]] = lambda line: []  # of the parts, by a line
     log: bool = False
+    counts: bool = False  # whole numbers
+    may_be_off: bool = False  # left out where it is 0 all along
 
 
 def levels_validated(line: Mapping[str, Any]) -> list[str]:
@@ -100,16 +102,18 @@ FIGURES = (
         "a month. Each is named in logs/rank-*.log with its samples; where they come in rows, "
         "lower the learning rate.",
         {"skipped_updates": "updates"},
+        counts=True,
     ),
     Figure(
         "samples that a pass leaves out",
         "The share that weighs too little (finetune.loss.skip_below) to be worth the reference's "
         "pass or the perceptual one. Good: the higher, the less a step costs, as long as the "
-        "validation loss falls as before. Where it is 0, set skip_below to a few percent.",
+        "validation loss falls as before.",
         {
             "skipped_reference": "without the reference",
             "skipped_perceptual": "without the perceptual net",
         },
+        may_be_off=True,
     ),
     Figure(
         "seconds per step",

@@ -14,6 +14,7 @@ from asymlift.report.charts import line_chart
 from asymlift.report.html import drawing, page, paragraph, picture, side_by_side, table
 from asymlift.report.pictures import for_page
 from asymlift.report.training_figures import FIGURES, Figure
+from asymlift.words import human_seconds
 
 MOST_POINTS = 200  # of a curve
 RECENT = 100  # steps whose median is the speed
@@ -65,7 +66,7 @@ def state_of(run: TrainingRun, written: str) -> str:
     rows: list[tuple[str, object]] = [
         ("state", said),
         ("steps", f"{last['step']:,} of {run.steps:,}"),
-        *([("to go", duration(last["seconds_to_go"]))] if last.get("seconds_to_go") else []),
+        *([("to go", human_seconds(last["seconds_to_go"]))] if last.get("seconds_to_go") else []),
         ("samples", f"{last['samples']:,}"),
         ("epochs", last["epoch"]),
         ("loss of the last step", "not finite" if last["loss"] is None else last["loss"]),
@@ -99,15 +100,6 @@ def speed_rows(recent: Sequence[Line]) -> list[tuple[str, object]]:
     return rows
 
 
-def duration(seconds: float) -> str:
-    """9000 -> '2 h 30 min'."""
-    minutes = round(seconds / 60)
-    days, hours = minutes // 1440, minutes // 60 % 24
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
-
-
 def about(start: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """One row per fact of a start."""
     for name, value in start.items():
@@ -125,9 +117,17 @@ def curve_sections(metrics: Sequence[Line]) -> list[tuple[str, str]]:
     sections = []
     for figure in FIGURES:
         drawn = dict(drawn_in(figure, metrics))
-        if drawn:
+        off = figure.may_be_off and not any(y for points in drawn.values() for _, y in points)
+        if drawn and not off:
             series = {name: smooth(points) for name, points in drawn.items()}
-            chart = line_chart(series, "step", figure.title, log_y=figure.log)
+            chart = line_chart(
+                series,
+                "step",
+                figure.title,
+                log_y=figure.log,
+                whole_x=True,
+                whole_y=figure.counts,
+            )
             longest = stretch(max(map(len, drawn.values())))
             note = f" Every point is the mean of up to {longest} values." if longest > 1 else ""
             sections.append((figure.title.capitalize(), drawing(chart, figure.meaning + note)))

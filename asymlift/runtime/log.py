@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from asymlift.artifacts.files import follow_no_link
 from asymlift.artifacts.parsing import json_text
 from asymlift.redact import redacted, redacted_values
-
-Item = TypeVar("Item")
+from asymlift.words import human_seconds
 
 PLAIN_INTERVAL = 10.0  # seconds between lines when there is no terminal
 
@@ -104,18 +103,6 @@ def is_live() -> bool:
     return console.is_terminal and not (os.environ.get("CI") or os.environ.get("NO_COLOR"))
 
 
-def human_seconds(seconds: float) -> str:
-    """70 -> '70 s', 7_300 -> '2 h 2 min', 200_000 -> '2 d 7 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if minutes < 120:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
-
-
 class Ticker:
     """Progress of one activity, of an unknown total if that is 0; tick as often as you like."""
 
@@ -166,13 +153,6 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Ticker]:
         yield ticker
     finally:
         ticker.close()
-
-
-def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    with progress(description, total) as ticker:
-        for item in items:
-            yield item
-            ticker.tick()
 
 
 def answer(text: str) -> None:

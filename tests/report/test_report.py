@@ -150,6 +150,14 @@ def test_ticks_are_round_numbers(low, high, log, expected):
     assert [readable(tick) for tick in ticks(Axis(low, high, log, 0, 100))] == expected
 
 
+@pytest.mark.parametrize(("high", "expected"), [(1, "0 1"), (3, "0 1 2 3"), (40, "0 10 20 30 40")])
+def test_counts_have_no_ticks_between_whole_numbers(high, expected):
+    chart = line_chart({"updates": [(1, 0), (3, high)]}, "step", "n", whole_x=True, whole_y=True)
+    numbers = re.findall(r'text-anchor="(middle|end)">([\d.]+)<', chart)
+    assert " ".join(n for anchor, n in numbers if anchor == "end") == expected
+    assert [n for anchor, n in numbers if anchor == "middle"] == ["1", "2", "3"]
+
+
 def test_long_legends_take_more_lines():
     places = legend_places(["a name of some length"] * 7)
     assert len({line for _, line in places}) > 1

@@ -12,7 +12,6 @@ from asymlift.report.training_figures import FIGURES
 from asymlift.report.training_report import (
     TrainingRun,
     curve_sections,
-    duration,
     smooth,
     spread,
     training_page,
@@ -85,12 +84,9 @@ def test_the_state_is_the_last_line_the_usual_speed_and_the_way_of_the_validatio
     ]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(20, "0 min"), (3000, "50 min"), (9000, "2 h 30 min"), (200_000, "2 d 7 h")],
-)
-def test_what_is_to_go_is_said_in_hours_and_days(seconds, said):
-    assert duration(seconds) == said
+def test_a_last_loss_that_was_no_number_is_said(tmp_path):
+    html = training_page(run(tmp_path, [*LINES, line(6, loss=None)]))
+    assert ("loss of the last step", "not finite") in cells(html)
 
 
 def test_bad_samples_are_counted_by_reason_and_a_run_without_any_has_no_section(tmp_path):
@@ -116,8 +112,8 @@ def drawn(metrics, monkeypatch) -> dict[str, tuple[dict, bool]]:
     """Figure -> its series and whether it is logarithmic."""
     seen = {}
 
-    def chart(series, x, y, *, log_y):
-        assert x == "step"
+    def chart(series, x, y, *, log_y, whole_x, whole_y):
+        assert x == "step" and whole_x and whole_y == (y == "updates left out")
         seen[y] = (series, log_y)
         return "<svg/>"
 
@@ -176,6 +172,12 @@ def test_what_is_not_in_every_line_is_drawn_where_it_is(monkeypatch):
         "variance reduced": [(2, 1.0)],
         "without the reference": [(2, 2.0)],
     }
+
+
+def test_passes_that_are_never_left_out_need_no_figure(monkeypatch):
+    off = {"skipped_reference": 0.0, "skipped_perceptual": 0.0, "skipped_updates": 0}
+    seen = drawn([line(s, **off) for s in (1, 2)], monkeypatch)
+    assert "samples that a pass leaves out" not in seen and "updates left out" in seen
 
 
 def test_another_number_of_levels_begins_new_curves(monkeypatch):

@@ -26,13 +26,14 @@ from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.engine import Engine
 from asymlift.runtime.failures import is_out_of_memory
-from asymlift.runtime.log import human_seconds, say
+from asymlift.runtime.log import say
 from asymlift.runtime.memory import peak_of_process
 from asymlift.runtime.tables import show_table
 from asymlift.stages.finetune.preview import Previews
 from asymlift.stages.finetune.state import TrainingState
 from asymlift.stages.finetune.step import Trainer
 from asymlift.stages.finetune.validation import Validation
+from asymlift.words import human_seconds
 
 LOW_NOISE = 0.05  # every term of the loss counts there, so none is left out
 LONG = "word " * 1000  # a caption that fills whatever length the encoder takes
