@@ -2,27 +2,17 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.reliability.injector import build, run_under
+from tests.reliability.started import told_by
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="the injector needs gcc")
-ROOT = Path(__file__).parents[2]
 
 
 def test_killed_three_times_it_ends_with_the_same_losses_weights_and_pictures():
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.reliability.kill_finetune", "2", "3", "4", "20"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = json.loads(process.stdout)
+    found = told_by("kill_finetune", "2", "3", "4", "20")
     assert found["problems"] == []
     assert found["kills after which the run ended equal"] == found["kills"] == 3
     assert found["runs that ended equal"] == found["runs"]
