@@ -9,6 +9,7 @@ from asymlift.families.base import Config, Family
 from asymlift.families.bria import BRIA
 from asymlift.families.chroma import CHROMA
 from asymlift.families.cogview4 import COGVIEW4
+from asymlift.families.ernie import ERNIE
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
 from asymlift.families.longcat import LONGCAT
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Family] = {
         BRIA,
         CHROMA,
         COGVIEW4,
+        ERNIE,
         FLUX1,
         FLUX2,
         LONGCAT,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
+from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents
 from asymlift.families.base import (
     Config,
     Family,
@@ -24,7 +25,6 @@ from asymlift.families.base import (
 from asymlift.families.text import stack_text
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
-PATCH = 2  # the pipelines pack 2 x 2 latent cells into a token, whatever the config says
 DISTILLED_GUIDANCE = 4.0  # the pipeline's default for dev, which is told its guidance scale
 LENGTH = 512  # words that the pipelines pad a prompt to
 DEFAULT_STEPS = 50  # of the klein pipeline; below 4300 tokens the time shift depends on it
@@ -58,31 +58,6 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
         return_dict=False,
     )[0]
     return tokens_to_image(out, PATCH, (h, w))
-
-
-def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of each number of a latent token, as the pipeline uses them."""
-    variance = vae.bn.running_var.float() + vae.config.batch_norm_eps
-    return vae.bn.running_mean.float(), variance.sqrt()
-
-
-@torch.no_grad()
-def encode_latents(vae: Any, image: Tensor) -> Tensor:
-    """Turn an image in [-1, 1] into the latent that the transformer denoises."""
-    z = vae.encode(image.to(vae.dtype)).latent_dist.mode()
-    mean, std = _latent_statistics(vae)
-    tokens = (image_to_tokens(z, PATCH) - mean) / std
-    return tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, z: Tensor) -> Tensor:
-    """Turn a latent of the transformer into an image in [-1, 1]."""
-    mean, std = _latent_statistics(vae)
-    tokens = image_to_tokens(z, PATCH) * std + mean
-    raw = tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
-    image: Tensor = vae.decode(raw.to(vae.dtype)).sample
-    return image.clamp(-1, 1)
 
 
 @torch.no_grad()

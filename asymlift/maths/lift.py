@@ -14,7 +14,8 @@ def lift_first(weight: Tensor, A: Tensor, *, patch: int, order: Order) -> Tensor
     """W_in A^T: the map that reads pixel tokens. The bias stays as it is.
 
     weight is (n, d + e q^2), or a convolution's (n, C + e, q, q), which is canonical by
-    definition. The e input channels after the latent (a mask, say) are copied.
+    definition, as is its (n, d, 1, 1) of packed patches. The e input channels after the latent
+    (a mask, say) are copied.
     """
     return _read_tokens(weight, A.T, patch, order)
 
@@ -49,7 +50,7 @@ def _read_tokens(weight: Tensor, old_to_new: Tensor, patch: int, order: Order) -
     columns = torch.cat([columns[:, :old] @ old_to_new, columns[:, old:]], dim=1)
     lifted = torch.empty_like(columns)
     lifted[:, _index(order, new + extra, patch)] = columns
-    return lifted.view(len(weight), -1, patch, patch) if weight.ndim == 4 else lifted
+    return lifted.view(len(weight), -1, *weight.shape[2:])
 
 
 def _write_tokens(values: Tensor, old_to_new: Tensor, patch: int, order: Order) -> Tensor:

@@ -142,3 +142,32 @@ def glm(hidden: int) -> Any:
         bos_token_id=None,
     )
     return random_model("GlmModel", config)
+
+
+def mistral3(hidden: int) -> Any:
+    """Mistral 3, whose eye is as small as it goes; ERNIE-Image reads the last layer but one."""
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(byte_tokenizer()),
+        "hidden_size": hidden,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+    }
+    eye = {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = third_party.library("transformers").Mistral3Config(text_config=text, vision_config=eye)
+    return random_model("Mistral3Model", config)

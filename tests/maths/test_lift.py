@@ -80,6 +80,13 @@ def test_for_canonical_models_the_lift_is_two_matrix_products():
 
 
 @orders
+def test_a_convolution_of_packed_patches_is_their_linear_map(order):
+    weight = torch.randn(INNER, LATENT)
+    lifted = lift_first(weight[:, :, None, None], A, patch=Q, order=order)
+    assert_close(lifted, lift_first(weight, A, patch=Q, order="c p q")[:, :, None, None])
+
+
+@orders
 @extras
 def test_unlifting_the_first_map_gives_it_back_with_its_extra_channels(order, extra):
     for weight in (

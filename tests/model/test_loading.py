@@ -14,13 +14,17 @@ from torch.testing import assert_close
 
 from asymlift.errors import BadData, Unavailable
 from asymlift.families import FAMILIES
+from asymlift.model import loading
 from asymlift.model.loading import (
     _Float32Conv2d,
     _map_patches,
+    embed_prompts,
     load_pipeline,
     load_pipeline_parts,
     load_transformer,
+    weightless_transformer,
 )
+from asymlift.runtime import third_party
 from tests.tiny import lifted_pair, tiny_pipeline, tiny_transformer, write_pipeline
 
 FLUX2 = FAMILIES["flux2"]
@@ -152,6 +156,44 @@ def test_another_class_is_refused(folder):
         load_transformer(folder, FAMILIES["sd3"])
 
 
+def state_config(folder: Path, **changes: object) -> Path:
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": "x"},
+        {"mlp_ratio": "x"},
+        {"num_layers": []},
+        {"attention_head_dim": 0},
+        {"in_channels": -1},
+        {"num_attention_heads": 2**40},
+    ],
+)
+def test_a_config_that_no_network_can_be_built_by_is_named(folder, changes):
+    path = state_config(folder, **changes)
+    with pytest.raises(BadData) as refused:
+        load_transformer(folder, FLUX2)
+    assert f"{path}: no Flux2Transformer2DModel can be built by it: " in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_network_without_end_is_refused_before_it_fills_memory(folder, monkeypatch):
+    monkeypatch.setattr(loading, "MOST_PARAMETERS", 400)
+    path = state_config(folder, num_layers=10**9)
+    wanted = rf"{path}: no Flux2T.*: it asks for more than 400 tensors"
+    with pytest.raises(BadData, match=wanted):
+        load_transformer(folder, FLUX2)
+    with pytest.raises(BadData, match=wanted):
+        weightless_transformer(
+            json.loads(path.read_text()), FLUX2, lambda name: torch.float32, path
+        )
+    torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(400)))  # elsewhere nothing counts
+
+
 def test_weights_that_do_not_fit_are_named(folder):
     path = folder / "transformer" / WEIGHTS
     weights = load_file(path)
@@ -248,6 +290,8 @@ def test_a_pipeline_comes_back_without_its_transformer(name, tmp_path):
 
     assert type(loaded) is type(saved) and loaded.transformer is None
     assert not loaded.vae.training and not loaded.text_encoder.training
+    for part in (part for part in loaded.components if part.startswith("text_encoder")):
+        setattr(loaded, part, copy.deepcopy(getattr(loaded, part)))  # see above: a single row
     for pair in zip(
         family.encode_prompt(saved, ["a bee", ""], 12),
         family.encode_prompt(loaded, ["a bee", ""], 12),
@@ -312,6 +356,80 @@ def test_code_that_came_with_the_checkpoint_is_not_run(whole, tmp_path):
     copy = changed(whole, tmp_path, "vae", ["my_vae", "MyVAE"])
     with pytest.raises(BadData, match="needs code from 'my_vae'; only classes of diffusers and"):
         load_pipeline_parts(copy, ["vae"])
+
+
+@pytest.mark.parametrize(
+    "entry, said",
+    [
+        (["transformers", "pipeline"], r"transformers\.pipeline is a function, not a class"),
+        (["transformers", "utils"], r"transformers\.utils is a .*odule, not a class"),
+        (["diffusers", {"a": 1}], r"names a class {'a': 1}, which is no text"),
+        (["transformers", "AutoModel"], r"is a transformers\.AutoModel, which no part of a p"),
+        (["diffusers", "DiffusionPipeline"], r"is a diffusers\.DiffusionPipeline, which no part"),
+    ],
+)
+def test_a_component_is_a_model_a_reader_or_a_scheduler(whole, tmp_path, entry, said):
+    """Other classes look for code by themselves, or read pickles."""
+    copy = changed(whole, tmp_path, "vae", entry)
+    with pytest.raises(BadData, match=rf"model_index\.json: .*{said}"):
+        load_pipeline_parts(copy, ["vae"])
+
+
+@pytest.mark.parametrize(
+    "entry, said",
+    [
+        ("utils", r"diffusers\.utils is a .*odule, not a class"),
+        ("AutoencoderKL", "AutoencoderKL is no pipeline"),
+        (["evil", "Evil"], r"names a class \['evil', 'Evil'\], which is no text"),
+        ("SanaPipeline", r"no SanaPipeline can be made of it: .*"),
+    ],
+)
+def test_the_pipeline_has_to_be_one_that_takes_these_parts(whole, tmp_path, entry, said):
+    copy = changed(whole, tmp_path, "_class_name", entry)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"steps": 4}))
+    with pytest.raises(BadData, match=rf"model_index\.json: {said}"):
+        load_pipeline(copy, ["scheduler"])
+
+
+@pytest.mark.parametrize(
+    "part, change, said",
+    [
+        ("vae", {"block_out_channels": "8", "latent_channels": "x"}, ""),
+        ("vae", {"layers_per_block": 10**9}, "it asks for more than 400 tensors"),
+        ("text_encoder", {"hidden_size": "x"}, ""),
+        ("text_encoder", {"num_hidden_layers": 10**9}, "must be equal to the number of `layer_t"),
+        ("scheduler", {"num_train_timesteps": "x"}, ""),
+    ],
+)
+def test_a_part_that_cannot_be_built_is_named(whole, tmp_path, monkeypatch, part, change, said):
+    monkeypatch.setattr(loading, "MOST_PARAMETERS", 400)
+    copy = changed(whole, tmp_path, "unused", None)
+    (path,) = (p for p in (copy / part).glob("*config.json") if "generation" not in p.name)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadData, match=rf"{part}: cannot be loaded as .*{said}") as refused:
+        load_pipeline_parts(copy, [part])
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_package_that_a_part_needs_is_unavailable(whole, monkeypatch):
+    def lacking(*args, **kwargs):
+        raise ImportError("sentencepiece is not installed")
+
+    diffusers = third_party.library("diffusers")
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", lacking)
+    with pytest.raises(Unavailable, match=r"vae needs a package that is not .*: sentencepiece is"):
+        load_pipeline_parts(whole, ["vae"])
+
+
+@pytest.mark.parametrize("template", ["{{ cycler.__init__.__globals__ }}", "{% if", "{{ a.b.c }}"])
+def test_a_chat_template_that_cannot_be_used_is_refused_with_its_folder(whole, tmp_path, template):
+    """The sandbox that it is filled in lets nothing run."""
+    copy = changed(whole, tmp_path, "_name_or_path", "")
+    (copy / "tokenizer" / "chat_template.jinja").write_text(template)
+    pipeline = load_pipeline(copy)
+    with pytest.raises(BadData, match=r"copy/tokenizer: its chat template cannot be used \(.+\)"):
+        embed_prompts(FAMILIES["zimage"], pipeline, ["a bee"], 12)
 
 
 @pytest.mark.parametrize("name", ["../vae", "/vae", "vae/.."])

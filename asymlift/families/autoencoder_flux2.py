@@ -1,0 +1,38 @@
+"""The latents of diffusers' AutoencoderKLFlux2, whose 2 x 2 patches are normalised: FLUX.2, ERNIE.
+
+Mean and variance of each number of a patch are running statistics of a batch norm.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymlift.maths.patches import image_to_tokens, tokens_to_image
+
+PATCH = 2  # latent cells, along one side
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, image: Tensor, *, eps: float | None = None) -> Tensor:
+    """Turn an image in [-1, 1] into the latent that the transformer denoises."""
+    z = vae.encode(image.to(vae.dtype)).latent_dist.mode()
+    mean, std = _statistics(vae, eps)
+    tokens = (image_to_tokens(z, PATCH) - mean) / std
+    return tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, z: Tensor, *, eps: float | None = None) -> Tensor:
+    """Turn a latent of the transformer into an image in [-1, 1]."""
+    mean, std = _statistics(vae, eps)
+    tokens = image_to_tokens(z, PATCH) * std + mean
+    raw = tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
+    image: Tensor = vae.decode(raw.to(vae.dtype)).sample
+    return image.clamp(-1, 1)
+
+
+def _statistics(vae: Any, eps: float | None) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of each number of a latent token, as the pipeline uses them."""
+    variance = vae.bn.running_var.float() + (vae.config.batch_norm_eps if eps is None else eps)
+    return vae.bn.running_mean.float(), variance.sqrt()
