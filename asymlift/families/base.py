@@ -95,6 +95,7 @@ class Family:
     checkpoints: tuple[str, ...]  # published ones, as the hub names them
     tier: Literal["free", "easy"]  # easy: there is a quirk, which the module's docstring tells
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
+    text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
     library: str | None = None  # one's own package, whose classes a checkpoint may name too
     sizes: Geometry | None = None  # of the published checkpoints

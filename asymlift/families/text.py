@@ -1,6 +1,9 @@
 """Text embeddings of single samples, made into what a transformer takes. B samples, L tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +77,19 @@ def padded_text(
         return {**others, key: pad_sequence(words, True), mask: pad_sequence(written, True)}
 
     return collate
+
+
+@contextmanager
+def dtype_without_transformer(pipeline: Any) -> Iterator[None]:
+    """Some pipelines cast embeddings to the transformer's dtype, though none was loaded."""
+    if pipeline.transformer is not None:
+        yield
+        return
+    pipeline.transformer = SimpleNamespace(dtype=pipeline.text_encoder.dtype)
+    try:
+        yield
+    finally:
+        pipeline.transformer = None
 
 
 def text_to(text: Text, device: torch.device) -> Text:

@@ -106,9 +106,10 @@ def load_pipeline(
     return pipeline(**settings, **{**dict.fromkeys(parts), **loaded})
 
 
-def text_parts(folder: DiffusersFolder) -> set[str]:
+def text_parts(folder: DiffusersFolder, family: Family) -> set[str]:
     """The components that a prompt's embedding may need: all but what makes pictures."""
-    return {k for k in folder.components if k != "vae" and not k.endswith("transformer")}
+    parts = {k for k in folder.components if not k.endswith("transformer")}
+    return parts if family.text_needs_vae else parts - {"vae"}
 
 
 class _Float32Linear(nn.Linear):

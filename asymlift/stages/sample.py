@@ -381,7 +381,7 @@ def encode_prompts(
     plan: SamplePlan, sources: Sources, prompts: Sequence[str], device: torch.device
 ) -> Embeddings:
     """Embed each prompt alone, so that it comes out the same whatever the others are."""
-    parts = text_parts(sources.pipeline)
+    parts = text_parts(sources.pipeline, sources.family)
     library = sources.family.library
     pipeline = load_pipeline(sources.pipeline.path, parts, library=library).to(device)
     with torch.no_grad():

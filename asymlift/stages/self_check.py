@@ -177,7 +177,7 @@ def check_coupling(
 def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> Text:
     from asymlift.model.loading import load_pipeline, text_parts
 
-    pipeline = load_pipeline(base.path, text_parts(base), library=family.library)
+    pipeline = load_pipeline(base.path, text_parts(base, family), library=family.library)
     text = family.collate(family.encode_prompt(pipeline, PROMPTS, text_length))
     del pipeline
     gc.collect()

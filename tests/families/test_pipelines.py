@@ -206,17 +206,19 @@ def _last_state(name: str, net: Any, noise: Tensor, levels: Tensor) -> Tensor:
 def scheduler_with(levels: Tensor, states: list[Tensor], times: Tensor | None = None) -> Any:
     """Euler over these levels, whatever the pipeline asks for; what it makes is kept."""
     called = None if times is None else times.tolist()
-    kind = third_party.library("diffusers").FlowMatchEulerDiscreteScheduler
+    # Of the class itself: some pipelines treat a subclass of it as a scheduler of another kind.
+    scheduler = third_party.library("diffusers").FlowMatchEulerDiscreteScheduler()
+    own_set, own_step = scheduler.set_timesteps, scheduler.step
 
-    class Given(kind):  # type: ignore[misc, valid-type]
-        def set_timesteps(
-            self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
-        ):
-            super().set_timesteps(sigmas=levels.tolist(), timesteps=called, device=device)
+    def set_timesteps(
+        num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
+    ):  # fmt: skip
+        own_set(sigmas=levels.tolist(), timesteps=called, device=device)
 
-        def step(self, *args: Any, **kwargs: Any) -> Any:
-            made = super().step(*args, **kwargs)
-            states.append(made[0] if isinstance(made, tuple) else made.prev_sample)
-            return made
+    def step(*args: Any, **kwargs: Any) -> Any:
+        made = own_step(*args, **kwargs)
+        states.append(made[0] if isinstance(made, tuple) else made.prev_sample)
+        return made
 
-    return Given()
+    scheduler.set_timesteps, scheduler.step = set_timesteps, step
+    return scheduler

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.testing import assert_close
 
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.errors import BadData, Unavailable
 from asymlift.families import FAMILIES
 from asymlift.model import loading
@@ -22,6 +23,7 @@ from asymlift.model.loading import (
     load_pipeline,
     load_pipeline_parts,
     load_transformer,
+    text_parts,
     weightless_transformer,
 )
 from asymlift.runtime import third_party
@@ -306,6 +308,19 @@ def test_a_pipeline_comes_back_without_its_transformer(name, tmp_path):
             family.decode_latents(loaded.vae, z), family.decode_latents(saved.vae, z)
         )
     assert loaded.scheduler.config.shift == saved.scheduler.config.shift
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_are_encoded_by_the_parts_for_text_alone(name, tmp_path):
+    family, saved = FAMILIES[name], tiny_pipeline(name)
+    folder = DiffusersFolder(write_pipeline(tmp_path, name))
+    parts = text_parts(folder, family)
+    assert parts.isdisjoint({"transformer"} if family.text_needs_vae else {"transformer", "vae"})
+    pipeline = load_pipeline(folder.path, parts)
+    (alone,), (whole,) = (family.encode_prompt(p, ["a bee"], 12) for p in (pipeline, saved))
+    assert alone.keys() == whole.keys()
+    for key, tensor in whole.items():
+        assert_close(alone[key], tensor)
 
 
 @pytest.fixture(scope="module")
