@@ -36,6 +36,7 @@ EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 FORMAT = 3
+MOST_ALPHA = 1e30  # of adapters: what float32 still multiplies with
 PARTS = {"parameters": list, "fingerprints": dict, "finetune": dict, "updates": int}
 
 
@@ -145,7 +146,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             "go on with the version that wrote it"
         )
     check_parts(folder, state, {"step": int, **{k: PARTS[k] for k in PARTS if k in state}})
+    if not are_adapters(state.get("lora")):
+        raise BadData(f"{folder / STATE}: `lora` is not as a checkpoint has it")
     return Checkpoint(folder, state["step"], state)
+
+
+def are_adapters(lora: Any) -> bool:
+    """Whether it is nothing, or a rank and a strength to merge adapters with."""
+    if not isinstance(lora, dict):
+        return lora is None
+    rank, alpha = lora.get("rank"), lora.get("alpha")
+    if type(rank) is not int or not isinstance(alpha, int | float):
+        return False
+    return rank > 0 and abs(alpha) < MOST_ALPHA  # false for NaN too
 
 
 def check_parts(folder: Path, state: Mapping[str, Any], parts: Mapping[str, type]) -> None:

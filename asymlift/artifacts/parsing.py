@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-MOST_JSON = 1 << 26  # bytes: the largest index of a real model has some millions
+# Bytes: room for a hundred thousand tensors by name, where the largest models have some thousand.
+# It has to be small, as lists of nothing take thirty times as much memory as text.
+MOST_JSON = 1 << 24
 
 
 def parse_json(text: str | bytes, object_pairs_hook: Callable[..., Any] | None = None) -> Any:

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from asymlift.artifacts.files import CHUNK, fsync_folder, sha256_file, writing
-from asymlift.artifacts.parsing import parse_json
+from asymlift.artifacts.parsing import MOST_JSON, parse_json
 from asymlift.errors import BadData
-
-MAX_HEADER = 100_000_000  # the format's own limit
 
 # In the package's order: tensors with the widest numbers first, so that all are aligned.
 DTYPES: dict[str, tuple[int, torch.dtype]] = {
@@ -78,11 +76,13 @@ def read_header(path: Path) -> Header:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if 8 + length <= size and length <= MAX_HEADER else b""
+            text = file.read(length) if 8 + length <= size and length <= MOST_JSON else b""
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file.") from None
     except OSError as error:
         raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
+    if MOST_JSON < length <= size:
+        raise BadData(f"{path}: its header is longer than {MOST_JSON} bytes, which no model needs.")
     if not text:
         raise BadData(f"{path}: not a safetensors file, or cut short in its header.")
     try:

@@ -3,6 +3,7 @@
 D pixel token width, d latent token width. Everything follows from `Moments`, in float64.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +72,16 @@ class Alignment:
 
 
 def alignment(A: Tensor, s: float, moments: Moments) -> Alignment:
-    """Score a basis and a scale on the tokens of `moments`, held out from the fit."""
+    """Score a basis and a scale on the tokens of `moments`, held out from the fit.
+
+    What is a share of nothing is NaN: of tokens that are zero, or that A captures nothing of.
+    """
     captured_energy = float(_captured_energy(A, moments))
     agreement = float(_agreement(A, moments))
     energy_x, energy_z = float(moments.gram.trace()), float(moments.energy_z)
-    r2 = (2 * s * agreement - s**2 * energy_z) / captured_energy
-    captured = captured_energy / energy_x
-    cosine = agreement / (captured_energy * energy_z) ** 0.5
+    r2 = _share(2 * s * agreement - s**2 * energy_z, captured_energy)
+    captured = _share(captured_energy, energy_x)
+    cosine = _share(agreement, (captured_energy * energy_z) ** 0.5)
     return Alignment(r2=r2, captured=captured, explained=captured * r2, cosine=cosine)
 
 
@@ -89,6 +93,10 @@ def principal_angles(A: Tensor, B: Tensor) -> Tensor:
     cosines = torch.linalg.svdvals(overlap)
     sines = torch.linalg.svdvals(B - A @ overlap).flip(0)
     return torch.atan2(sines, cosines)  # arccos alone cannot see angles below 1e-8
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
 
 
 def _captured_energy(A: Tensor, moments: Moments) -> Tensor:

@@ -3,14 +3,17 @@
 Never from the network, never a pickle, never code that came with the checkpoint.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from jinja2 import TemplateError
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from asymlift.artifacts.diffusers_folder import (
@@ -27,6 +30,8 @@ from asymlift.runtime import third_party
 
 LIBRARIES = ("diffusers", "transformers")  # where the classes of a pipeline may come from
 SHOWN = 5  # names in a message
+# Of one network; the largest transformers have some thousand. A config asks for any number.
+MOST_PARAMETERS = 1 << 15
 
 
 def load_transformer(
@@ -47,7 +52,7 @@ def load_transformer(
         )
     headers = weight_headers(folder)
     with _NoInit():  # built for real, so that tables which are no weights are right
-        net: nn.Module = _transformer_class(family).from_config(config)
+        net = _built(family, config, folder / "config.json")
     _check_names_and_shapes(folder, net, headers)
     for path, header in headers.items():
         net.load_state_dict(_read_tensors(path, header.tensors, dtype), strict=False, assign=True)
@@ -57,11 +62,17 @@ def load_transformer(
 
 
 def weightless_transformer(
-    config: Mapping[str, Any], family: Family, dtype_of: Callable[[str], torch.dtype]
+    config: Mapping[str, Any],
+    family: Family,
+    dtype_of: Callable[[str], torch.dtype],
+    origin: object,
 ) -> nn.Module:
-    """Return the family's stock class on the meta device: shapes and dtypes, nothing to hold."""
+    """Return the family's stock class on the meta device: shapes and dtypes, nothing to hold.
+
+    `origin` is where the config is from, for the reader.
+    """
     with torch.device("meta"):
-        net: nn.Module = _transformer_class(family).from_config(config)
+        net = _built(family, config, origin)
     for name, parameter in net.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name))
     return net.eval()
@@ -96,14 +107,35 @@ def load_pipeline(
     `components` are those to load (default: all but transformers); the others are None.
     """
     folder = _existing_folder(Path(folder))
-    index = read_json(folder / "model_index.json")
+    origin = folder / "model_index.json"
+    index = read_json(origin)
     parts = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2}
     usual = {part for part in parts if not part.endswith("transformer")}
     wanted = usual if components is None else components
     settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
-    pipeline = _pipeline_class(folder / "model_index.json", str(index.get("_class_name")), library)
+    pipeline = _pipeline_class(origin, index.get("_class_name"), library)
     loaded = load_pipeline_parts(folder, wanted, library=library, dtype=dtype)
-    return pipeline(**settings, **{**dict.fromkeys(parts), **loaded})
+    with _of_files(origin, f"no {pipeline.__name__} can be made of it"):
+        return pipeline(**settings, **{**dict.fromkeys(parts), **loaded})
+
+
+def embed_prompts(
+    family: Family, pipeline: Any, prompts: Sequence[str], length: int | None
+) -> list[dict[str, Tensor]]:
+    """Return the family's embeddings; the chat template that they need came with the model."""
+    try:
+        return family.encode_prompt(pipeline, prompts, length)
+    except TemplateError as error:  # the sandbox that it runs in has refused it, or it is broken
+        raise BadData(
+            f"{_named_source(pipeline)}: its chat template cannot be used ({error})"
+        ) from error
+
+
+def _named_source(pipeline: Any) -> str:
+    """The folder of the part that may have the template."""
+    readers = (getattr(pipeline, name, None) for name in ("tokenizer", "processor"))
+    found = [getattr(one, "tokenizer", one) for one in readers if one is not None]
+    return str(getattr(found[0], "name_or_path", "")) if found else type(pipeline).__name__
 
 
 def text_parts(folder: DiffusersFolder, family: Family) -> set[str]:
@@ -204,14 +236,71 @@ def _transformer_class(family: Family) -> Any:
     return _class_in(module or "diffusers", name, f"family {family.name}")
 
 
-def _pipeline_class(origin: Path, name: str, own: str | None) -> Any:
+def _built(family: Family, config: Mapping[str, Any], origin: object) -> nn.Module:
+    """The family's stock class by a config, whose values may be anything."""
+    cls = _transformer_class(family)
+    with _of_files(origin, f"no {cls.__name__} can be built by it"), _bounded():
+        net: nn.Module = cls.from_config(config)
+    return net
+
+
+@contextmanager
+def _of_files(origin: object, what: str) -> Iterator[None]:
+    """Around code of the libraries that reads somebody's files: any error of it is the files'."""
+    try:
+        yield
+    except ImportError as error:
+        raise Unavailable(f"{origin} needs a package that is not there: {error}") from error
+    except Exception as error:
+        lines = (str(error).strip() or type(error).__name__).splitlines()[:2]
+        reason = " ".join(line.strip() for line in lines)
+        raise BadData(f"{origin}: {what}: {reason}") from error
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Building a network ends at so many parameters, before a config without end fills memory."""
+    count = 0
+
+    def seen(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_PARAMETERS:
+            raise ValueError(f"it asks for more than {MOST_PARAMETERS} tensors")
+
+    hook = register_module_parameter_registration_hook(seen)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _pipeline_class(origin: Path, name: object, own: str | None) -> Any:
     """The pipeline's class: of diffusers, unless the family's own package has one of that name."""
-    is_ours = own is not None and hasattr(third_party.library(own), name)
-    return _class_in(own if is_ours and own else "diffusers", name, origin)
+    is_ours = own is not None and hasattr(third_party.library(own), str(name))
+    found = _class_in(own if is_ours and own else "diffusers", name, origin)
+    if not issubclass(found, third_party.library("diffusers").DiffusionPipeline):
+        raise BadData(f"{origin}: {name} is no pipeline")
+    return found
 
 
-def _class_in(module: str, name: str, origin: object) -> Any:
+def _component_kinds() -> tuple[type, ...]:
+    """What a part of a pipeline may be. Not a class that looks for another by what files say."""
+    diffusers, transformers = map(third_party.library, LIBRARIES)
+    return (
+        nn.Module,
+        diffusers.SchedulerMixin,
+        transformers.PreTrainedTokenizerBase,
+        transformers.ProcessorMixin,
+        transformers.ImageProcessingMixin,
+        transformers.FeatureExtractionMixin,
+    )
+
+
+def _class_in(module: str, name: object, origin: object) -> Any:
     """Return a class by name; an unknown one means another version of the library."""
+    if not isinstance(name, str):
+        raise BadData(f"{origin}: names a class {name!r}, which is no text")
     try:
         package = third_party.library(module)
     except ImportError as error:
@@ -222,7 +311,10 @@ def _class_in(module: str, name: str, origin: object) -> Any:
             f"{origin} needs {module}.{name}, which {module} {version} does not have; "
             f"install a version of {module} that does"
         )
-    return getattr(package, name)
+    found = getattr(package, name)
+    if not isinstance(found, type):
+        raise BadData(f"{origin}: {module}.{name} is a {type(found).__name__}, not a class")
+    return found
 
 
 def _load_part(
@@ -244,6 +336,11 @@ def _load_part(
             f"{' and '.join(LIBRARIES)} are run"
         )
     part = _class_in(library, class_name, origin)
+    if not is_own and not issubclass(part, _component_kinds()):
+        raise BadData(
+            f"{origin}: {name} is a {library}.{class_name}, which no part of a pipeline can be; "
+            "name the class of the model, tokenizer, processor or scheduler itself"
+        )
     place = _existing_folder(folder / name)
     is_model = issubclass(part, nn.Module)
     options: dict[str, Any] = {"local_files_only": True}
@@ -256,14 +353,11 @@ def _load_part(
     if vocabularies and not any((place / file).is_file() for file in vocabularies):
         raise BadData(f"{place}: no vocabulary in it ({_some(sorted(vocabularies))})")
     missing: Collection[str] = ()
-    try:
+    with _of_files(place, f"cannot be loaded as {class_name}"), _bounded():
         loaded = part.from_pretrained(str(place), **options)
         if is_model:
             loaded, report = loaded
             missing = report["missing_keys"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadData(f"{place}: cannot be loaded as {class_name}: {first_line}") from error
     if missing:
         raise BadData(f"{place}: weights are missing: {_some(sorted(missing))}")
     return loaded.eval() if is_model else loaded

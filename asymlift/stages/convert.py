@@ -27,6 +27,7 @@ from asymlift.errors import BadData, CannotWrite
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.color import ColorCode
 from asymlift.runtime.log import progress
+from asymlift.stages.locate import geometry_of
 from asymlift.stages.self_check import (
     Conditioning,
     Coupling,
@@ -143,7 +144,7 @@ def read_source(plan: ConvertPlan) -> Source:
             f"{plan.base}: its transformer is a {config.get('_class_name')}, but family "
             f"{family.name} is for {family.transformer}. Choose another family, or `auto`."
         )
-    geometry = family.geometry(config, base.config("vae"))
+    geometry = geometry_of(base, family)
     basis = load_basis(plan.basis, geometry.pixel_patch)
     if basis.unknown:
         notes.append(f"{plan.basis}: does not say {', '.join(basis.unknown)}; not checked")

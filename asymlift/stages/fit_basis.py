@@ -9,6 +9,7 @@ D pixel token width, d latent token width, p pixel patch.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -59,6 +60,7 @@ from asymlift.stages.open_data import check_origin, open_data, tell_what_is_left
 GOOD_R2, MARGINAL_R2 = 0.5, 0.0  # provisional: no large port has been measured against them yet
 RE_ENCODED = 4  # cached latents that are compared with the VAE's
 MOST_DISAGREEMENT = 0.25  # of their energy; seen: 0.002 for the same image, 1.1 for another
+ROUNDING = 1e-12  # of sums in float64, as a share of them
 PICTURES = 4
 FIRST_CHUNK = 8  # images; convergence is read there and at every power of two above
 FORMAT = 1  # of the statistics; changes with what a chunk holds
@@ -348,6 +350,12 @@ def conclude(plan: FitPlan, job: Job, disagreement: float | None) -> BasisReport
     mean = own[0] if plan.mean == "fit" else plan.mean
     color = ColorCode(plan.space, mean, own[1] if plan.std == "fit" else plan.std)
     fit, judge = (normalised(m, color.mean, color.std, patch) for m in (raw_fit, raw_judge))
+    for raw, moments, purpose in ((raw_fit, fit, "fit"), (raw_judge, judge, "judge")):
+        if is_of_one_color(moments, raw, color.std):
+            raise BadData(
+                f"{plan.data.train}: all {raw.num_images} images that {purpose} the basis are of "
+                "one colour, the mean that is taken off; give other images"
+            )
     A, spectrum = solve(plan.method, fit)
     s = norm_matched_scale(A, fit)
     score = alignment(A, s, judge)
@@ -421,6 +429,12 @@ def check_moments(plan: FitPlan, fit: Moments, judge: Moments) -> None:
             raise BadData("every cached latent is zero; make the cache again")
 
 
+def is_of_one_color(moments: Moments, raw: Moments, std: float) -> bool:
+    """Whether the pixels are the mean and rounding; a std of zero makes them NaN or infinite."""
+    rounding = ROUNDING * raw.gram.trace() / std**2
+    return not bool(rounding < moments.gram.trace() < math.inf)
+
+
 def solve(method: str, moments: Moments) -> tuple[Tensor, Tensor]:
     """(A, singular values of the cross moments)."""
     A, spectrum = procrustes(moments)
@@ -450,7 +464,8 @@ def compare(plan: FitPlan, A: Tensor, s: float, fit: Moments, judge: Moments) ->
     rows = [(f"{NAMES[plan.method]} (this basis)", A, s)]
     rows += [("this basis, least-squares s", A, least_squares_scale(A, fit))]
     rows += [(name, B, norm_matched_scale(B, fit)) for name, B in bases.items()]
-    return [Comparison(name, scale, alignment(B, scale, judge)) for name, B, scale in rows]
+    found = [Comparison(name, scale, alignment(B, scale, judge)) for name, B, scale in rows]
+    return [one for one in found if math.isfinite(one.score.r2)]
 
 
 def compare_colors(plan: FitPlan, raw_fit: Moments, raw_judge: Moments) -> list[Comparison]:
@@ -461,10 +476,12 @@ def compare_colors(plan: FitPlan, raw_fit: Moments, raw_judge: Moments) -> list[
         choices[OWN_COLORS] = color_statistics(raw_fit, patch)
     for name, (mean, std) in choices.items():
         fit, judge = (normalised(m, mean, std, patch) for m in (raw_fit, raw_judge))
+        if is_of_one_color(fit, raw_fit, std) or is_of_one_color(judge, raw_judge, std):
+            continue  # black pictures, or of one colour: nothing to compare
         A, _ = solve(plan.method, fit)
         s = norm_matched_scale(A, fit)
         rows.append(Comparison(name, s, alignment(A, s, judge)))
-    return rows
+    return [row for row in rows if math.isfinite(row.score.r2)]
 
 
 MEAN_LEFT_IN = "mean of the colours left in"
@@ -483,7 +500,8 @@ def converge(
             some = normalised(moments, color.mean, color.std, plan.geometry.pixel_patch)
             A, _ = solve(plan.method, some)
             score = alignment(A, norm_matched_scale(A, some), judge)
-            points.append((moments.num_images, score.r2, score.captured))
+            if math.isfinite(score.r2):
+                points.append((moments.num_images, score.r2, score.captured))
     return points
 
 

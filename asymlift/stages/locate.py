@@ -1,15 +1,17 @@
 """Where a recipe's parts are on this machine."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
-from asymlift.errors import BadRecipe, Unavailable
+from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import find_family
 from asymlift.families.base import Family, Geometry
 from asymlift.recipe import Recipe
 from asymlift.runtime import third_party
 
 EMBEDDED = "embedded:"
+MOST_SIZE = 4096  # of a latent cell, a patch, or a latent's channels; known ones stay below 200
 
 
 def base_folder(recipe: Recipe) -> Path:
@@ -44,7 +46,27 @@ def family_of(recipe: Recipe, base: Path) -> tuple[Family, Geometry]:
     folder = DiffusersFolder(base)
     config = folder.config("transformer")
     family = find_family(named_family(recipe), folder.model_index, config)
-    return family, family.geometry(config, folder.config("vae"))
+    return family, geometry_of(folder, family)
+
+
+def geometry_of(folder: DiffusersFolder, family: Family) -> Geometry:
+    """The sizes of a model by its two configs, whose values may be of any kind."""
+    transformer, vae = folder.config("transformer"), folder.config("vae")
+    where = f"{folder.path}: the configs of transformer and VAE"
+    try:
+        found = family.geometry(transformer, vae)
+    except BadData as error:
+        raise BadData(f"{folder.path}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadData(f"{where} do not give the sizes of a {family.name} ({reason})") from error
+    sizes = asdict(found).items()
+    wrong = [name for name, size in sizes if type(size) is not int or not 0 < size <= MOST_SIZE]
+    if wrong:
+        raise BadData(
+            f"{where} give no {' and no '.join(wrong)} that is a whole number from 1 to {MOST_SIZE}"
+        )
+    return found
 
 
 def basis_path(recipe: Recipe) -> Path:

@@ -40,6 +40,7 @@ from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import family_of_lifted, find_family
 from asymlift.families.base import Family, Geometry, Text
 from asymlift.model.loading import (
+    embed_prompts,
     load_pipeline,
     load_pipeline_parts,
     load_transformer,
@@ -50,6 +51,7 @@ from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
 from asymlift.model.trained_weights import apply_trained
 from asymlift.runtime import dist, log
+from asymlift.stages.locate import geometry_of
 from asymlift.stages.sample_folder import GRID, Picture, SampleFolder, Weights, read_index
 
 TRAINED = {"ema": EMA, "raw": TRAINABLE}  # weights -> their file in a checkpoint
@@ -199,8 +201,7 @@ class Sources:
     def geometry(self) -> Geometry:
         if self.lifted:
             return self.lifted.geometry
-        base = self._certain_base
-        return self.family.geometry(base.config("transformer"), base.config("vae"))
+        return geometry_of(self._certain_base, self.family)
 
     @property
     def _certain_base(self) -> DiffusersFolder:
@@ -386,7 +387,7 @@ def encode_prompts(
     pipeline = load_pipeline(sources.pipeline.path, parts, library=library).to(device)
     with torch.no_grad():
         found = {
-            prompt: sources.family.encode_prompt(pipeline, [prompt], plan.text_length)[0]
+            prompt: embed_prompts(sources.family, pipeline, [prompt], plan.text_length)[0]
             for prompt in prompts
         }
     del pipeline

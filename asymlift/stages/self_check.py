@@ -175,10 +175,10 @@ def check_coupling(
 
 
 def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> Text:
-    from asymlift.model.loading import load_pipeline, text_parts
+    from asymlift.model.loading import embed_prompts, load_pipeline, text_parts
 
     pipeline = load_pipeline(base.path, text_parts(base, family), library=family.library)
-    text = family.collate(family.encode_prompt(pipeline, PROMPTS, text_length))
+    text = family.collate(embed_prompts(family, pipeline, PROMPTS, text_length))
     del pipeline
     gc.collect()
     return text

@@ -209,6 +209,18 @@ def test_another_kind_or_format_is_refused_and_not_skipped(tmp_path, kind, form,
         ({"step": True}, "`step` is not as a checkpoint has it"),
         ({"step": 2, "fingerprints": [1]}, "`fingerprints` is not as a checkpoint has it"),
         ({}, "`step` is missing"),
+        *(
+            ({"step": 2, "lora": lora}, "`lora` is not as a checkpoint has it")
+            for lora in (
+                "x",
+                {"rank": 10**9},
+                {"rank": 0, "alpha": 1.0},
+                {"rank": 2.0, "alpha": 1.0},
+                {"rank": 2, "alpha": "x"},
+                {"rank": 2, "alpha": float("nan")},
+                {"rank": 2, "alpha": 10**400},
+            )
+        ),
     ],
 )
 def test_a_state_changed_by_hand_is_refused_by_file_and_key(tmp_path, change, said):

@@ -2,16 +2,28 @@
 
 import math
 import os
+import tracemalloc
 
 import pytest
 
-from asymlift.artifacts.parsing import json_text, parse_json, read_small
+from asymlift.artifacts.parsing import MOST_JSON, json_text, parse_json, read_small
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000, "{"])
 def test_json_that_cannot_be_read_is_a_value_error(text):
     with pytest.raises(ValueError, match=r".+"):
         parse_json(text)
+
+
+@pytest.mark.parametrize("item", ["[]", "{}", '{"":0}', "1.1", '[[{"a":[]}]]', '{"":[]}'])
+def test_the_largest_json_takes_less_than_a_gibibyte(item):
+    """Of all that is short to write and long to hold."""
+    text = "[" + f"{item}," * (200_000 // len(item)) + "0]"
+    tracemalloc.start()
+    value = parse_json(text)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(value) > 10_000 and most / len(text) * MOST_JSON < 2**30
 
 
 def test_what_is_written_is_strict_json():

@@ -11,6 +11,7 @@ import torch
 
 from asymlift.artifacts import safetensors_stream
 from asymlift.artifacts.files import sha256_file
+from asymlift.artifacts.parsing import MOST_JSON
 from asymlift.artifacts.safetensors_stream import (
     DTYPES,
     SafetensorsWriter,
@@ -177,6 +178,29 @@ def test_a_damaged_file_is_bad_data_that_names_it(damage, tmp_path):
     path.write_bytes(DAMAGED[damage])
     with pytest.raises(BadData, match=r"model\.safetensors: .*"):
         read_header(path)
+
+
+def test_a_header_that_no_model_needs_is_refused_unread(tmp_path):
+    """Lists of nothing, within what the format allows, would take gibibytes."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((MOST_JSON + 1).to_bytes(8, "little"))
+    os.truncate(path, 8 + MOST_JSON + 1)
+    with pytest.raises(BadData, match=r"model\.safetensors: its header is longer than 16777216 b"):
+        read_header(path)
+
+
+def test_a_header_of_a_hundred_thousand_tensors_is_read(tmp_path):
+    """With names as long as those of mixtures of experts."""
+    names = [
+        f"model.layers.{n // 999}.mlp.experts.{n % 999}.down_proj.weight" for n in range(10**5)
+    ]
+    header = {
+        name: tensor(4096 * n, 4096 * (n + 1), shape=(32, 32)) for n, name in enumerate(names)
+    }
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file_with(json.dumps(header, separators=(",", ":")).encode()))
+    os.truncate(path, path.stat().st_size + 4096 * len(names))
+    assert list(read_header(path).tensors) == names
 
 
 def test_a_tensor_that_is_not_there_is_named(tmp_path):

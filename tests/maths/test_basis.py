@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,6 +155,19 @@ def test_r2_runs_from_minus_three_to_one():
     moments = Moments.zero(D, RANK).add(z @ true.T, z, 1)
     assert alignment(true, 1.0, moments).r2 == pytest.approx(1)
     assert alignment(-true, 1.0, moments).r2 == pytest.approx(-3)
+
+
+def test_shares_of_nothing_are_not_a_number():
+    """Black pictures, and a basis that captures nothing of what is there."""
+    A, z = torch.eye(D, RANK, dtype=torch.float64), torch.ones(NUM_TOKENS, RANK)
+    black = Moments.zero(D, RANK).add(torch.zeros(NUM_TOKENS, D), z, 1)
+    outside = Moments.zero(D, RANK).add(torch.eye(D)[-1:].expand(NUM_TOKENS, D), z, 1)
+    for moments, captured in ((black, math.nan), (outside, 0.0)):
+        score = alignment(A, 1.0, moments)
+        assert [score.r2, score.explained, score.cosine] == pytest.approx(
+            [math.nan] * 3, nan_ok=True
+        )
+        assert score.captured == pytest.approx(captured, nan_ok=True)
 
 
 def test_a_float32_basis_is_scored_in_float64(moments):

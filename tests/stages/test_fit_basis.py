@@ -608,6 +608,31 @@ def test_latents_that_are_all_zero_are_refused(images, tmp_path):
         fit_basis(plan_for(train, tmp_path / "run"))
 
 
+def of_one_color(level: int, folder: Path) -> str:
+    images = torch.full((40, 3, HEIGHT, WIDTH), level, dtype=torch.uint8)
+    return write(folder, samples_of(images, torch.randn(40, 4, 6, 8)))
+
+
+@pytest.mark.parametrize("level, missing", [(0, "mean of the colours left in"), (90, "")])
+def test_pictures_of_one_colour_have_no_statistics_to_compare(level, missing, tmp_path):
+    """The published mean is another colour, so that a basis can be fitted all the same."""
+    train = of_one_color(level, tmp_path / "shards")
+    report, _, _ = fitted(plan_for(train, tmp_path / "run", accept_poor_fit=True))
+    names = {row.name for row in report.comparisons}
+    assert (
+        not names & {missing, "colour mean and std of these images"}
+        and "random directions" in names
+    )
+
+
+@pytest.mark.parametrize("level", [0, 90])
+def test_pictures_of_the_mean_colour_alone_are_refused(level, tmp_path):
+    train = of_one_color(level, tmp_path / "shards")
+    with pytest.raises(BadData, match=r"000\.tar|\*\.tar") as refused:
+        fit_basis(plan_for(train, tmp_path / "run", mean="fit", std="fit"))
+    assert "that fit the basis are of one colour" in str(refused.value)
+
+
 def test_a_folder_that_cannot_be_written_is_named(train, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotWrite, match="cannot write here"):

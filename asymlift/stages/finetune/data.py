@@ -26,7 +26,7 @@ from asymlift.data.stream import GUARANTEE, Stream, StreamFeed, expand_urls
 from asymlift.errors import BadData, BadRecipe
 from asymlift.families.base import Family, Geometry
 from asymlift.model.batch import BatchMaker, Embedding
-from asymlift.model.loading import load_pipeline
+from asymlift.model.loading import embed_prompts, load_pipeline
 from asymlift.model.noise_levels import NoiseLevels
 from asymlift.recipe import DataSection, FinetuneSection, Recipe
 from asymlift.runtime import dist
@@ -365,7 +365,7 @@ class Encoders:
     def captions(self, prompts: list[str]) -> list[Embedding]:
         if not prompts:
             return []
-        return self.family.encode_prompt(self.pipeline, prompts, self.recipe.model.text_length)
+        return embed_prompts(self.family, self.pipeline, prompts, self.recipe.model.text_length)
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from asymlift.stages.fit_basis import verdict_on
 from asymlift.stages.inspection.data import inspect_data, is_data
 from asymlift.stages.inspection.report import SHOWN, Inspection, brief, some_of
 from asymlift.stages.inspection.single_file import portability_of
+from asymlift.stages.locate import geometry_of
 
 KNOWN = (
     "a recipe (.yaml), a basis or other tensors (.safetensors), a shard (.tar) or a folder of "
@@ -174,7 +175,7 @@ def _base(path: Path) -> Inspection:
     try:
         config = folder.config("transformer")
         family = find_family("auto", folder.model_index, config)
-        geometry = family.geometry(config, folder.config("vae"))
+        geometry = geometry_of(folder, family)
         more_rows, more_facts = _sizes(folder, family, geometry, None)
         rows, facts = rows + more_rows, facts | more_facts
     except UserError as error:

@@ -25,7 +25,7 @@ from asymlift.model.training_step import Batch, TrainingStep
 from asymlift.recipe import FinetuneSection, Recipe
 from asymlift.runtime.parameters import Trainable
 from asymlift.stages.finetune.model import assemble_step
-from asymlift.stages.locate import base_folder, lifted_path, named_family
+from asymlift.stages.locate import base_folder, geometry_of, lifted_path, named_family
 
 FROZEN_DTYPE = torch.bfloat16  # of a model whose weights are not here
 
@@ -75,7 +75,7 @@ def blueprint_of(recipe: Recipe) -> Blueprint:
     folder = DiffusersFolder(path)
     config = folder.config("transformer")
     family = find_family(named_family(recipe), folder.model_index, config)
-    geometry = family.geometry(config, folder.config("vae"))
+    geometry = geometry_of(folder, family)
     stored = stored_dtypes(folder)
     source = f"{path}{'' if lifted else ', as convert would lift it'}"
     if not stored:
@@ -136,7 +136,8 @@ def build(recipe: Recipe, blueprint: Blueprint, settings: FinetuneSection) -> Bu
 
     def load() -> PixelFlow:
         dtype_of = blueprint.dtype_of if lower else lambda _: torch.float32
-        net = weightless_transformer(blueprint.config, family, dtype_of)
+        config = blueprint.folder.path / "transformer/config.json"
+        net = weightless_transformer(blueprint.config, family, dtype_of, config)
         basis = torch.empty(geometry.D, geometry.d, device="meta")
         return PixelFlow(net, family, geometry, basis, 1.0, lower)
 

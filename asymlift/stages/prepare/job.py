@@ -87,8 +87,10 @@ class Encoders:
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> list[Embedding]:
+        from asymlift.model.loading import embed_prompts
+
         with enough_memory(f"{len(prompts)} captions", self.device):
-            return self.family.encode_prompt(self.pipeline, prompts, self.text_length)
+            return embed_prompts(self.family, self.pipeline, prompts, self.text_length)
 
 
 @contextmanager

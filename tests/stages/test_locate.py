@@ -1,0 +1,49 @@
+"""A model whose configs are not what they should be is refused by the name of its folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.embedded import MODELS
+from asymlift.errors import BadData
+from asymlift.families import find_family
+from asymlift.families.base import Geometry
+from asymlift.stages.locate import geometry_of
+
+NO_SIZES = "do not give the sizes of a flux2 (TypeError: "
+
+
+def geometry(base: Path) -> Geometry:
+    folder = DiffusersFolder(base)
+    family = find_family("auto", folder.model_index, folder.config("transformer"))
+    return geometry_of(folder, family)
+
+
+@pytest.mark.parametrize(
+    "transformer, vae, said",
+    [
+        ({"in_channels": "12"}, {}, NO_SIZES),
+        ({"in_channels": None}, {}, NO_SIZES),
+        ({}, {"latent_channels": "x"}, NO_SIZES),
+        ({}, {"latent_channels": {}}, NO_SIZES),
+        ({}, {"block_out_channels": 5}, NO_SIZES),
+        ({}, {"patch_size": 7}, NO_SIZES),
+        ({}, {"patch_size": [4, 4]}, "flux2: the VAE's patch_size is [4, 4]"),
+        ({}, {"latent_channels": 2**60}, "a latent token has"),
+        ({"in_channels": 4.0}, {"latent_channels": 1.0}, "give no channels that is a whole"),
+        ({"in_channels": -4}, {"latent_channels": -1}, "no channels that is a whole number from"),
+        ({}, {"block_out_channels": [8] * 10**5}, "give no vae_factor that is a whole number"),
+    ],
+)
+def test_sizes_that_are_none_are_refused_by_folder(transformer, vae, said, tmp_path):
+    base = Path(shutil.copytree(MODELS["tiny"], tmp_path / "base"))
+    assert geometry(base) == geometry(MODELS["tiny"])
+    for part, change in (("transformer", transformer), ("vae", vae)):
+        path = base / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadData) as refused:
+        geometry(base)
+    assert str(refused.value).startswith(f"{base}: ") and said in str(refused.value)
