@@ -4,6 +4,7 @@ Mostly a latent has 4 channels and is 4 times smaller than its picture, and a to
 cells: p = 8, d = 16, D = 192, C' = 48 (see families/case.py). Nothing here is downloaded.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,4 +147,6 @@ def tiny_pipeline(name: str, *, transformer: Any = None, vae: Any = None) -> Any
 def write_pipeline(folder: Path, name: str, **parts: Any) -> Path:
     """Save a whole tiny pipeline as a diffusers folder, as a user would have it."""
     tiny_pipeline(name, **parts).save_pretrained(folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(dict(case_of(name).pipeline_parts) | json.loads(index.read_text())))
     return folder

@@ -131,12 +131,16 @@ class DiffusersFolder:
         weights = {path.name: self.sha256(path) for path in self.weight_files(component)}
         return digest_json({"config": config, "weights": weights})
 
-    def text_fingerprint(self) -> str | None:
-        """'sha256:...' of all that turns a prompt into embeddings; None where nothing does."""
+    def text_fingerprint(self, *, has_encoder: bool = True) -> str | None:
+        """'sha256:...' of all that turns a prompt into embeddings; None where nothing does.
+
+        Without an encoder it is a tokenizer, or a list of labels, that the transformer relies on.
+        """
         there = [name for name in self.components if (self.path / name).is_dir()]
         encoders = [name for name in there if name.startswith("text_encoder")]
-        if not encoders:
+        if has_encoder and not encoders:
             return None
+        labels = {} if has_encoder else {"labels": self.model_index.get("id2label")}
         files = {
             f"{name}/{file}": self.path / name / file
             for name in there
@@ -150,6 +154,7 @@ class DiffusersFolder:
                 {
                     "encoders": {name: self.fingerprint(name) for name in encoders},
                     "files": {name: self.sha256(path) for name, path in files.items()},
+                    **labels,
                 }
             )
 

@@ -17,6 +17,7 @@ from asymlift.families.ovis import OVIS
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.sd3 import SD3
 from asymlift.families.zimage import ZIMAGE
+from asymlift.families.sit import SIT
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         SD3,
         ZIMAGE,
     )
+        SIT,
 }
 
 

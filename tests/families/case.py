@@ -17,6 +17,7 @@ from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.runtime import third_party
 
 Noise = Callable[..., Tensor]  # shape -> random numbers
+PROMPT = "a bee"
 Grid = tuple[int, int]
 
 CHANNELS, WORDS, LENGTH = 4, 24, 7  # latent channels, width and number of text tokens
@@ -48,6 +49,7 @@ class Case:
     start: Callable[[Tensor], Tensor]  # map -> the pipeline's argument `latents`
     published: tuple[Published, ...]
     options: Mapping[str, Any] = field(default_factory=dict)  # of the call, so that it is unguided
+    asked: Mapping[str, Any] | None = None  # what the call says instead of a prompt and a size
     sizes: Geometry = USUAL
     grid: Grid = (4, 6)  # tokens of the picture
     last_block: str = "s.1"  # how the path of the last block ends
@@ -80,7 +82,8 @@ class Case:
     @property
     def call(self) -> dict[str, Any]:
         """Arguments of the pipeline: one picture, without guidance."""
-        asked = {"prompt": "a bee", "height": self.height, "width": self.width}
+        usual = {"prompt": PROMPT, "height": self.height, "width": self.width}
+        asked = usual if self.asked is None else self.asked
         length = {self.length_name: self.length} if self.length_name else {}
         return {**asked, **length, **self.options}
 

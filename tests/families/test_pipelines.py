@@ -20,7 +20,7 @@ from asymlift.families.base import Family, Text
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.maths.schedule import sigma_from_tau
 from asymlift.runtime import third_party
-from tests.families.case import Case, case_of
+from tests.families.case import PROMPT, Case, case_of
 from tests.tiny import lifted_pair, tiny_pipeline, tiny_text, tiny_transformer, tiny_vae
 
 
@@ -84,7 +84,7 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
     picture = pipeline(**options).images
 
     del net.forward
-    text = family.collate(family.encode_prompt(pipeline, [case.call["prompt"]], case.length))
+    text = family.collate(family.encode_prompt(pipeline, [PROMPT], case.length))
     z_t, time, _, raw = calls[1]
     alone = case.decoded(vae, case.raw_latent(vae, image)).clamp(-1, 1)
     taus = torch.stack([tau for _, _, tau, _ in calls]).flatten()

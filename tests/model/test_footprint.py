@@ -9,11 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from asymlift.families import FAMILIES
+from asymlift.model.checkpointing import checkpoint_blocks
 from asymlift.model.footprint import LiveBytes, make_fake, measure_step
 from asymlift.model.like_cuda import LikeCuda
 from asymlift.model.trainable import Adapters, train_parts
 from asymlift.model.training_step import Batch, LossConstants, TrainingStep
-from tests.tiny import GRID, lifted_pair, tiny_text
+from tests.families.case import case_of
+from tests.tiny import lifted_pair, tiny_text
 
 MIB = 2**20
 
@@ -54,7 +56,7 @@ def tiny_step(name, *, real=True, precision=torch.bfloat16, checkpointing=False)
         seed=0,
     )
     if checkpointing:
-        pair.pixel.net.enable_gradient_checkpointing()
+        checkpoint_blocks(pair.pixel.net)
     constants = LossConstants(0.3, 10.0, 0.05, 1e-4, 1e-6, 1e-4, 0.0, True, 0.0, False)
     step, mode = TrainingStep(pair.pixel, None, constants, lambda x: x, None), nullcontext()
     if not real:
@@ -64,22 +66,17 @@ def tiny_step(name, *, real=True, precision=torch.bfloat16, checkpointing=False)
 
 
 def tiny_batch(name, size=2):
-    tokens, text = GRID[0] * GRID[1], tiny_text(name, size)
-    empty = {
-        key: torch.empty_like(value)
-        if isinstance(value, torch.Tensor)
-        else [torch.empty_like(one) for one in value]
-        for key, value in text.items()
-    }
-    wide = torch.zeros(size, tokens, 192)
+    case, text = case_of(name), tiny_text(name, size)
+    tokens = case.grid[0] * case.grid[1]
+    wide = torch.zeros(size, tokens, case.sizes.D)
     return Batch(
         wide,
-        torch.zeros(size, tokens, 16),
+        torch.zeros(size, tokens, case.sizes.d),
         wide + 1,
         torch.full((size,), 0.5),
         torch.ones(size),
-        empty,
-        GRID,
+        text,
+        case.grid,
     )
 
 

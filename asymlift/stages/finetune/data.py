@@ -276,7 +276,8 @@ def check_made(
     if catalog.has(LATENT).any():
         wanted["vae"] = folder.fingerprint("vae")
     if reads_text and catalog.has(TEXT).any():
-        wanted["text encoders"] = folder.text_fingerprint()
+        has_encoder = family.has_text_encoder
+        wanted["text encoders"] = folder.text_fingerprint(has_encoder=has_encoder)
         wanted["text length"] = recipe.model.text_length
         wanted["prompt"] = recipe.data.caption.source
     check_origin(catalog.made, wanted, recipe.data, str(recipe.data.train))

@@ -160,7 +160,7 @@ class Job:
         if use.latents != "none":
             made |= {"latents": use.latents, "vae": folder.fingerprint("vae")}
         if use.text != "none":
-            encoders = folder.text_fingerprint()
+            encoders = folder.text_fingerprint(has_encoder=family.has_text_encoder)
             if encoders is None:
                 raise BadData(
                     f"{base}: has no text encoder; prepare.text: none leaves the embeddings out"
