@@ -10,6 +10,7 @@ from asymlift.families.bria import BRIA
 from asymlift.families.chroma import CHROMA
 from asymlift.families.cogview4 import COGVIEW4
 from asymlift.families.ernie import ERNIE
+from asymlift.families.fibo import FIBO
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
 from asymlift.families.longcat import LONGCAT
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         CHROMA,
         COGVIEW4,
         ERNIE,
+        FIBO,
         FLUX1,
         FLUX2,
         LONGCAT,
@@ -35,7 +37,6 @@ FAMILIES: dict[str, Family] = {
         SD3,
         ZIMAGE,
     )
-        SIT,
 }
 
 

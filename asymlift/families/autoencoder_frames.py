@@ -12,8 +12,8 @@ from asymlift.families.base import Config, setting
 
 
 def vae_factor(config: Config) -> int:
-    """Return f: every level but the last halves the picture."""
-    return int(2 ** len(setting(config, "temperal_downsample")))
+    """Return f: every level but the last halves the picture; Wan 2.2 first cuts it into patches."""
+    return int(2 ** len(setting(config, "temperal_downsample"))) * (config.get("patch_size") or 1)
 
 
 @torch.no_grad()

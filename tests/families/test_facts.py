@@ -222,6 +222,19 @@ def test_prompts_are_embedded_one_by_one_as_in_a_batch(name):
     ), "the prompt is cut off"
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_sample_comes_out_the_same_beside_a_longer_prompt(name):
+    """What pads it in the batch is hidden from the model, wherever lengths may differ."""
+    pair, case = lifted_pair(name), case_of(name)
+    shape = 2, case.grid[0] * case.grid[1], pair.geometry.d
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tau = torch.tensor([0.4, 0.7]).double()
+    beside = pair.latent(z, tau, pair.text, case.grid)[:1]
+    alone = pair.latent(z[:1], tau[:1], tiny_text(name, 1, dtype=torch.float64), case.grid)
+    torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "lengths"), [("flux2", 12), ("sd3", 28), ("zimage", None)])
 def test_padding_is_cut_only_where_the_model_cannot_see_it(name, lengths):
     samples = FAMILIES[name].encode_prompt(tiny_pipeline(name), ["a bee", "a"], 12)

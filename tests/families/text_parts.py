@@ -171,3 +171,20 @@ def mistral3(hidden: int) -> Any:
     }
     config = third_party.library("transformers").Mistral3Config(text_config=text, vision_config=eye)
     return random_model("Mistral3Model", config)
+
+
+def smollm3(hidden: int, layers: int) -> Any:
+    """SmolLM3, whose vocabulary reaches the word that stands for no prompt at all, 128000."""
+    config = third_party.library("transformers").SmolLM3Config(
+        vocab_size=128001,
+        hidden_size=hidden,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return random_model("SmolLM3ForCausalLM", config)
