@@ -233,6 +233,12 @@ class Job:
             f"about {human_bytes(found.per_sample)} a sample, {human_bytes(found.total)} in all; "
             f"{human_bytes(found.free)} free"
         )
+        family = self.encoders.family
+        if family.heavy_text and self.settings.text != "none":
+            say(
+                f"{family.name} has heavy embeddings ({family.heavy_text}); with "
+                "`prepare.text: none` captions are encoded while training instead"
+            )
         if found.advice:
             usable = f"{found.num_usable} of {found.num_looked_at}"
             say(f"{usable} that were looked at can be used; {found.advice}")

@@ -1075,3 +1075,13 @@ def test_two_ranks_of_torchrun_share_the_work(folder, recipe_file, tmp_path):
     assert process.returncode == 0, said
     assert json.loads(out)["num_samples"] == 20  # one document: only the first rank speaks
     assert content(tmp_path / "out") == content(folder / "out")
+
+
+def test_a_family_of_heavy_embeddings_says_how_to_do_without_them(tmp_path, capfd):
+    make_folder(tmp_path / "source", 6)
+    for text, is_said in (("none", False), ("bfloat16", True)):
+        job = prepare_job(recipe_for(tmp_path, text=text))
+        job.encoders.family = replace(job.encoders.family, heavy_text="9 MB a word")
+        job.per_shard()
+        said = "flux2 has heavy embeddings (9 MB a word); with `prepare.text: none`"
+        assert (said in capfd.readouterr().err) == is_said
