@@ -13,12 +13,13 @@ from asymlift.families.ernie import ERNIE
 from asymlift.families.fibo import FIBO
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
+from asymlift.families.hunyuanimage import HUNYUANIMAGE
 from asymlift.families.longcat import LONGCAT
 from asymlift.families.ovis import OVIS
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.sd3 import SD3
-from asymlift.families.zimage import ZIMAGE
 from asymlift.families.sit import SIT
+from asymlift.families.zimage import ZIMAGE
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         FIBO,
         FLUX1,
         FLUX2,
+        HUNYUANIMAGE,
         LONGCAT,
         OVIS,
         QWENIMAGE,

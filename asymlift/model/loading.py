@@ -290,6 +290,7 @@ def _component_kinds() -> tuple[type, ...]:
     return (
         nn.Module,
         diffusers.SchedulerMixin,
+        diffusers.BaseGuidance,
         transformers.PreTrainedTokenizerBase,
         transformers.ProcessorMixin,
         transformers.ImageProcessingMixin,

@@ -80,6 +80,11 @@ def test_patches_that_a_family_cannot_cut_are_refused():
         FAMILIES["cogview4"].geometry({}, {"block_out_channels": [1, 1, 1]})
 
 
+def test_a_distilled_hunyuanimage_is_refused():
+    with pytest.raises(BadData, match="only the base model's velocity can be lifted"):
+        FAMILIES["hunyuanimage"].geometry({"use_meanflow": True}, {})
+
+
 def test_more_latents_than_pixels_cannot_be_lifted():
     with pytest.raises(BadData, match="at least as many pixels"):
         Geometry(vae_factor=2, channels=16, patch=2)

@@ -84,7 +84,7 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
     picture = pipeline(**options).images
 
     del net.forward
-    text = family.collate(family.encode_prompt(pipeline, [PROMPT], case.length))
+    text = family.collate(family.encode_prompt(pipeline, [case.call.get("prompt", PROMPT)], case.length))
     z_t, time, _, raw = calls[1]
     alone = case.decoded(vae, case.raw_latent(vae, image)).clamp(-1, 1)
     taus = torch.stack([tau for _, _, tau, _ in calls]).flatten()

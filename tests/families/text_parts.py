@@ -119,9 +119,9 @@ def t5_tokenizer() -> Any:
     return third_party.library("transformers").T5TokenizerFast(vocab=words, extra_ids=0)
 
 
-def t5(width: int = WORDS, kind: str = "T5") -> Any:
+def t5(width: int = WORDS, kind: str = "T5", vocabulary: int = 4 + len(LETTERS)) -> Any:
     config = getattr(third_party.library("transformers"), f"{kind}Config")(
-        vocab_size=4 + len(LETTERS), d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2
+        vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2
     )
     return random_model(f"{kind}EncoderModel", config)
 

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from asymlift.errors import Exit, Unavailable
 from asymlift.families import FAMILIES
+from asymlift.model.checkpointing import checkpoint_blocks
 from asymlift.model.compiling import check_compiler, compile_blocks, explaining_compiler
 from asymlift.model.reference import as_reference
 from asymlift.model.trainable import Adapters, repeated_blocks, train_parts
@@ -53,7 +54,7 @@ def both_branches(net) -> tuple[torch.Tensor, ...]:
 def test_student_and_reference_keep_apart_and_stay_what_they_were(net, checkpointing):
     """The graph of one branch must not serve the other: that would be silent."""
     if checkpointing:
-        net.enable_gradient_checkpointing()
+        checkpoint_blocks(net)
     before, names = both_branches(net), list(net.state_dict())
     assert (before[0] - before[1]).abs().max() > 0.1
 

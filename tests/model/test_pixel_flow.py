@@ -11,6 +11,7 @@ from asymlift.families import FAMILIES
 from asymlift.families.base import matching_modules
 from asymlift.maths.asymmetric import project
 from asymlift.maths.schedule import sigma_from_tau
+from asymlift.model.checkpointing import checkpoint_blocks
 from asymlift.model.loading import float32_maps
 from tests.tiny import Pair, lifted_pair, tiny_text, tiny_transformer
 
@@ -174,7 +175,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, precision):
         pair = lifted_pair(name, dtype=dtype, precision=precision)
         net = pair.pixel.net.train()
         if checkpointing:
-            net.enable_gradient_checkpointing()
+            checkpoint_blocks(net)
         pair.pixel(
             noisy_tokens(pair), SIGMA, pair.text, pair.grid, floor=1e-6
         ).square().mean().backward()

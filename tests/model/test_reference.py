@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from asymlift.families import FAMILIES
+from asymlift.model.checkpointing import checkpoint_blocks
 from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.reference import Twin, as_reference
 from asymlift.model.trainable import Adapters, train_parts
@@ -135,7 +136,7 @@ def test_the_students_gradient_does_not_notice_the_reference(name, checkpointing
         pair, trainable, _ = prepared(name)
         train(pair, trainable, steps=1)
         if checkpointing:
-            pair.pixel.net.enable_gradient_checkpointing()
+            checkpoint_blocks(pair.pixel.net)
         for parameter in trainable.parameters.values():
             parameter.grad = None
         if order == "before":

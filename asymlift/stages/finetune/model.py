@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.data.order import derive
 from asymlift.families.base import Family
+from asymlift.model.checkpointing import checkpoint_blocks
 from asymlift.model.compiling import compile_blocks
 from asymlift.model.loading import load_transformer
 from asymlift.model.perceptual import Perceptual, load_lpips
@@ -79,8 +79,7 @@ def assemble_step(
     if settings.loss.reference == "copy":
         reference = load().requires_grad_(False).eval()
     if settings.gradient_checkpointing:
-        net: Any = student.net
-        net.enable_gradient_checkpointing()
+        checkpoint_blocks(student.net)
     constants = loss_constants(settings, reduces)
     return TrainingStep(student, reference, constants, to_picture, perceptual), trainable
 
