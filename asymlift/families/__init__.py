@@ -11,6 +11,7 @@ from asymlift.families.chroma import CHROMA
 from asymlift.families.cogview4 import COGVIEW4
 from asymlift.families.ernie import ERNIE
 from asymlift.families.fibo import FIBO
+from asymlift.families.fibo2 import FIBO2
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         COGVIEW4,
         ERNIE,
         FIBO,
+        FIBO2,
         FLUX1,
         FLUX2,
         HUNYUANIMAGE,

@@ -15,7 +15,7 @@ from torch import Tensor
 from asymlift.families.autoencoder_kl import decode_latents, encode_latents
 from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, setting
 from asymlift.families.packing import PATCH, diagonal_ids, grid_ids, packed_geometry
-from asymlift.families.text import stack_text
+from asymlift.families.text import stack_text, tokenizer_length
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 LENGTH = 512  # words that the pipeline pads a prompt to; the picture's first position
@@ -42,13 +42,9 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
 def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """Embed each prompt, (L, width). The length is an attribute of the pipeline."""
-    own_length = pipeline.tokenizer_max_length
-    pipeline.tokenizer_max_length = max_length or own_length
-    try:
+    """Embed each prompt, (L, width)."""
+    with tokenizer_length(pipeline, max_length):
         words, _ = pipeline.encode_prompt(prompt=list(prompts))
-    finally:
-        pipeline.tokenizer_max_length = own_length
     return [{"encoder_hidden_states": one.clone()} for one in words]
 
 

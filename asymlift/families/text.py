@@ -80,6 +80,17 @@ def padded_text(
 
 
 @contextmanager
+def tokenizer_length(pipeline: Any, length: int | None) -> Iterator[None]:
+    """Some pipelines have the number of words as an attribute, not as an argument."""
+    own = pipeline.tokenizer_max_length
+    pipeline.tokenizer_max_length = length or own
+    try:
+        yield
+    finally:
+        pipeline.tokenizer_max_length = own
+
+
+@contextmanager
 def dtype_without_transformer(pipeline: Any) -> Iterator[None]:
     """Some pipelines cast embeddings to the transformer's dtype, though none was loaded."""
     if pipeline.transformer is not None:

@@ -188,3 +188,38 @@ def smollm3(hidden: int, layers: int) -> Any:
         eos_token_id=2,
     )
     return random_model("SmolLM3ForCausalLM", config)
+
+
+def qwen3_vl(
+    hidden: int, layers: int, head: str = "Qwen3VLForConditionalGeneration"
+) -> dict[str, Any]:
+    """Qwen3-VL, whose eye is as small as it goes, and its processor."""
+    transformers, tokenizer = third_party.library("transformers"), byte_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+    }
+    eye = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 4,
+    }
+    processor = transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen3VLVideoProcessor()
+    )
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=eye)
+    return {"text_encoder": random_model(head, config), "processor": processor}
