@@ -140,6 +140,7 @@ def tiny_pipeline(name: str, *, transformer: Any = None, vae: Any = None) -> Any
         **case.text_parts(),
         **case.pipeline_parts,
     )
+    case.told(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

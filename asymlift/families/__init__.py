@@ -15,6 +15,7 @@ from asymlift.families.fibo2 import FIBO2
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
+from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.longcat import LONGCAT
 from asymlift.families.ovis import OVIS
 from asymlift.families.qwenimage import QWENIMAGE
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {
         FLUX1,
         FLUX2,
         HUNYUANIMAGE,
+        KANDINSKY5,
         LONGCAT,
         OVIS,
         QWENIMAGE,

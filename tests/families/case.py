@@ -57,6 +57,7 @@ class Case:
     length_name: str = "max_sequence_length"  # the pipeline's argument for `length`; "": none
     length: int = 12  # words that the tests ask for
     pipeline_parts: Mapping[str, Any] = field(default_factory=dict)  # further arguments of it
+    told: Callable[[Any], None] = lambda pipeline: None  # what the pipeline is told once it is made
     loose: frozenset[str] = frozenset()  # names of embeddings that are as long as the prompt
     answer: str = "hidden_states"  # the argument whose place and form the answer has
     state: Callable[[Tensor], Tensor] | None = None  # the scheduler's state -> map; else by `read`

@@ -85,6 +85,14 @@ def test_a_distilled_hunyuanimage_is_refused():
         FAMILIES["hunyuanimage"].geometry({"use_meanflow": True}, {})
 
 
+def test_a_kandinsky5_of_films_is_refused():
+    geometry = FAMILIES["kandinsky5"].geometry
+    with pytest.raises(BadData, match="reads a first frame too; only T2I can be lifted"):
+        geometry({"visual_cond": True}, {})
+    with pytest.raises(BadData, match="a token is 2 frames, but a picture is one"):
+        geometry({"patch_size": [2, 2, 2]}, {})
+
+
 def test_more_latents_than_pixels_cannot_be_lifted():
     with pytest.raises(BadData, match="at least as many pixels"):
         Geometry(vae_factor=2, channels=16, patch=2)

@@ -46,6 +46,12 @@ class Answer:
         return (self.sample,)[i]
 
 
+def answer_of(net: Any, call: dict[str, Any]) -> Any:
+    """What the class itself answers; most wrap it into a tuple."""
+    answer = type(net).forward(net, **{**call, "return_dict": False})
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
 def level(family: Family, time: Tensor, num_tokens: int) -> Tensor:
     """Undo the family's time, whatever it is, by bisection: it is monotone."""
     low, high = torch.zeros_like(time, dtype=torch.float64), torch.ones_like(time).double()
@@ -75,13 +81,13 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
     def oracle(z_t: Tensor, time: Tensor, text: Text, call: dict[str, Any]) -> Tensor:
         tau = level(family, time, num)
         call.pop("self")
-        raw = type(net).forward(net, **{**call, "return_dict": False})[0]  # of this very call
+        raw = answer_of(net, call)  # of this very call
         calls.append((z_t, time, tau, case.read_answer(raw, call)))
         return family.sign * (z_t - z0) / tau.view(-1, 1, 1, 1)
 
     intercept(net, case, oracle)
     options = {**case.call, "num_inference_steps": 4, "output_type": "pt"}
-    picture = pipeline(**options).images
+    picture = pipeline(**options, return_dict=False)[0]
 
     del net.forward
     text = family.collate(family.encode_prompt(pipeline, [case.call.get("prompt", PROMPT)], case.length))

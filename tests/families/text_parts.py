@@ -96,8 +96,8 @@ def clip_tokenizer() -> Any:
     )
 
 
-def clip(width: int, head: str = "CLIPTextModelWithProjection") -> Any:
-    """CLIP's text model, 16 words long."""
+def clip(width: int, head: str = "CLIPTextModelWithProjection", length: int = 16) -> Any:
+    """CLIP's text model, which reads so many words."""
     config = third_party.library("transformers").CLIPTextConfig(
         vocab_size=2 + 2 * len(LETTERS),
         hidden_size=width,
@@ -105,7 +105,7 @@ def clip(width: int, head: str = "CLIPTextModelWithProjection") -> Any:
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=length,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
