@@ -9,6 +9,7 @@ from asymlift.families.base import Config, Family
 from asymlift.families.bria import BRIA
 from asymlift.families.chroma import CHROMA
 from asymlift.families.cogview4 import COGVIEW4
+from asymlift.families.cosmos import COSMOS
 from asymlift.families.ernie import ERNIE
 from asymlift.families.fibo import FIBO
 from asymlift.families.fibo2 import FIBO2
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         CHROMA,
         COGVIEW4,
         ERNIE,
+        COSMOS,
         FIBO,
         FIBO2,
         FLUX1,
@@ -43,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         SD3,
         ZIMAGE,
     )
+        SIT,
 }
 
 

@@ -106,7 +106,7 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
 def test_the_real_pipeline_agrees(name):
     """Time, sign, latents, prompt embeddings, ids and packing: all as the pipeline has them."""
     for part, error in disagreements(name, FAMILIES[name]).items():
-        assert error < 2e-5, part
+        assert error < 2e-5 + (part == "picture") * case_of(name).rounding, part
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ WRONG = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_wrong_convention_is_caught(name, fact):
     errors = disagreements(name, WRONG[fact](FAMILIES[name], case_of(name)))
-    assert max(errors.values()) > 0.05, errors
+    assert max(errors.values()) > 0.05 + case_of(name).rounding, errors
 
 
 @pytest.mark.parametrize("steps", [2, 7])
@@ -176,7 +176,7 @@ def sampling_error(name: str, steps: int) -> float:
     pair, num = lifted_pair(name, dtype=torch.float32), case.grid[0] * case.grid[1]
     g = torch.Generator().manual_seed(0)
     eps = torch.randn(1, num, len(pair.A), generator=g)
-    taus = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    taus = torch.linspace(case.most_noise, 0, steps + 1, dtype=torch.float64)[:-1]
 
     stand_in = copy.deepcopy(pair.pixel.net)  # the pipeline looks at its config
 
@@ -196,7 +196,7 @@ def _last_state(name: str, net: Any, noise: Tensor, levels: Tensor) -> Tensor:
     case, states = case_of(name), []
     pipeline = tiny_pipeline(name, transformer=net)
     times = case.timesteps and case.timesteps(levels, noise.shape[1])
-    pipeline.scheduler = scheduler_with(levels, states, times)
+    pipeline.scheduler = scheduler_with(case.sigmas(levels), states, times)
     if hasattr(pipeline.vae, "bn"):
         # applied at the end, to no use
         pipeline.vae.bn = torch.nn.BatchNorm2d(noise.shape[-1])
@@ -228,3 +228,4 @@ def scheduler_with(levels: Tensor, states: list[Tensor], times: Tensor | None = 
 
     scheduler.set_timesteps, scheduler.step = set_timesteps, step
     return scheduler
+    scheduler.register_to_config(sigma_max=float(levels[0]), sigma_data=1.0)  # Cosmos reads them

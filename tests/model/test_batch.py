@@ -1,5 +1,7 @@
 """A batch follows the slot and the sample, not the rank, the split or its neighbours."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from asymlift.model.batch import BatchMaker, Place
 from asymlift.model.noise_levels import NoiseLevels
 from asymlift.model.training_step import Batch
 from asymlift.recipe import TimeSection
-from tests.families.case import CHANNELS, WORDS
+from tests.families.case import CHANNELS, WORDS, case_of
 from tests.tiny import GRID, tiny_geometry, tiny_vae
 
 COLOR = ColorCode("oklab", (0.56, 0.0, 0.01), 0.16)
@@ -34,6 +36,12 @@ def sample(number: int, *, cached: bool = True) -> Sample:
         torch.randn(CHANNELS, 2 * GRID[0], 2 * GRID[1], generator=g) if cached else None,
         {"encoder_hidden_states": torch.randn(5, WORDS, generator=g)},
     )
+
+
+def embedding(name: str, number: int) -> dict[str, Tensor]:
+    """Of a prompt, at random."""
+    g = torch.Generator().manual_seed(number)
+    return case_of(name).sample(partial(torch.randn, generator=g), 0)
 
 
 NULL = {"encoder_hidden_states": torch.full((5, WORDS), -7.0)}
@@ -135,14 +143,11 @@ def test_bad_neighbours_change_nothing():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_of_empty_slots_has_the_shapes_of_any_other(name):
-    null = {
-        "flux2": NULL,
-        "sd3": NULL | {"pooled_projections": torch.zeros(20)},
-        "zimage": {"cap_feats": torch.zeros(3, WORDS)},
-    }[name]
-    batch = maker(name, null_text=null).make([None, None], Place(0, 0, [4, 5]), GRID)
-    assert batch.x0.shape == batch.eps.shape == (2, NUM, 192)
-    assert batch.z0.shape == (2, NUM, 16)
+    case, null = case_of(name), embedding(name, 99)
+    batch = maker(name, null_text=null).make([None, None], Place(0, 0, [4, 5]), case.grid)
+    num = case.grid[0] * case.grid[1]
+    assert batch.x0.shape == batch.eps.shape == (2, num, case.sizes.D)
+    assert batch.z0.shape == (2, num, case.sizes.d)
     assert batch.weight.tolist() == [0.0, 0.0] and batch.sigma.shape == (2,)
     for key, value in null.items():
         given = batch.text[key]
@@ -201,24 +206,23 @@ def test_a_latent_encoded_here_equals_the_cached_one(name):
         with torch.no_grad():
             return family.encode_latents(vae, images)
 
-    plain = [sample(i, cached=False) for i in range(3)]
-    words = {
-        "flux2": lambda s: s.text,
-        "sd3": lambda s: s.text | {"pooled_projections": torch.zeros(20)},
-        "zimage": lambda s: {"cap_feats": s.text["encoder_hidden_states"]},
-    }[name]
-    for s in plain:
-        s.text = words(s)
-    null = words(sample(99))
+    case, plain = case_of(name), [sample(i, cached=False) for i in range(3)]
+    g = torch.Generator().manual_seed(0)
+    for i, s in enumerate(plain):
+        size = (3, case.height, case.width)
+        s.image = torch.randint(0, 256, size, generator=g, dtype=torch.uint8)
+        s.text = embedding(name, i)
+    null = embedding(name, 99)
     cached = [
         Sample(s.key, s.image, s.caption, s.facts, encode(image_to_float(s.image)[None])[0], s.text)
         for s in plain
     ]
     place = Place(0, 0, range(3))
-    expected = maker(name, null_text=null).make(cached, place, GRID).z0
+    expected = maker(name, null_text=null).make(cached, place, case.grid).z0
     make = maker(name, null_text=null, encode_latents=encode).make
     for mixed in ([plain[0], cached[1], plain[2]], [cached[0], plain[1], cached[2]], plain):
-        torch.testing.assert_close(make(mixed, place, GRID).z0, expected, rtol=1e-4, atol=1e-4)
+        z0 = make(mixed, place, case.grid).z0
+        torch.testing.assert_close(z0, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_latent_without_a_vae_is_our_own_mistake():

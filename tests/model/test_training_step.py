@@ -21,10 +21,10 @@ from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.trainable import Adapters, train_parts
 from asymlift.model.training_step import Batch, LossConstants, TrainingStep
 from asymlift.runtime.parameters import Trainable
+from tests.families.case import case_of
 from tests.tiny import lifted_pair, tiny_text
 
-GRID = (2, 3)
-NUM = 6
+GRID = (2, 3)  # or a square, where a family draws no others
 PUBLISHED = LossConstants(
     shift=0.3,
     weight=10.0,
@@ -76,17 +76,19 @@ class World:
             noise = 0.05 * torch.randn(parameter.shape, generator=g)
             parameter.data = (parameter.data + noise).to(dtype)
         self.student.net.to(dtype if precision is None else torch.float32)
-        count = len(sigmas)
-        z0 = torch.randn(count, NUM, self.geometry.d, generator=g).to(dtype)
-        rest = 0.2 * torch.randn(count, NUM, self.geometry.D, generator=g).to(dtype)
+        high, wide = case_of(name).grid
+        grid = GRID if high != wide else (2, 2)
+        count, num = len(sigmas), math.prod(grid)
+        z0 = torch.randn(count, num, self.geometry.d, generator=g).to(dtype)
+        rest = 0.2 * torch.randn(count, num, self.geometry.D, generator=g).to(dtype)
         self.batch = Batch(
             x0=pair.s * z0 @ pair.A.T + rest,
             z0=z0,
-            eps=torch.randn(count, NUM, self.geometry.D, generator=g).to(dtype),
+            eps=torch.randn(count, num, self.geometry.D, generator=g).to(dtype),
             sigma=torch.tensor(sigmas, dtype=dtype),
             weight=torch.ones(count, dtype=dtype),
             text=tiny_text(name, count, dtype=dtype),
-            grid=GRID,
+            grid=grid,
         )
 
     def step(
@@ -503,4 +505,4 @@ def test_a_last_map_that_reads_something_else_is_refused():
     """Of a family of one's own; measuring can be switched off."""
     world = World()
     with pytest.raises(BadRecipe, match=r"`proj_out` of flux2 reads \(3, 1, 8\), .*; set it to 0"):
-        rows_of_picture(world.student, torch.zeros(3, 1, 8), NUM)
+        rows_of_picture(world.student, torch.zeros(3, 1, 8), math.prod(GRID))
