@@ -18,6 +18,7 @@ from asymlift.families.flux2 import FLUX2
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
 from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.longcat import LONGCAT
+from asymlift.families.lumina2 import LUMINA2
 from asymlift.families.ovis import OVIS
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.sd3 import SD3
@@ -40,6 +41,7 @@ FAMILIES: dict[str, Family] = {
         HUNYUANIMAGE,
         KANDINSKY5,
         LONGCAT,
+        LUMINA2,
         OVIS,
         QWENIMAGE,
         SD3,

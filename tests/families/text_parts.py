@@ -223,3 +223,27 @@ def qwen3_vl(
     )
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=eye)
     return {"text_encoder": random_model(head, config), "processor": processor}
+
+
+def gemma2(hidden: int, layers: int) -> dict[str, Any]:
+    """Gemma 2 and its tokenizer, a token for each letter: `text_encoder` and `tokenizer`."""
+    transformers = third_party.library("transformers")
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
+    tokenizer = transformers.GemmaTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, add_bos_token=True
+    )
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        query_pre_attn_scalar=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return {"text_encoder": random_model("Gemma2Model", config), "tokenizer": tokenizer}

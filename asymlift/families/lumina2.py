@@ -1,0 +1,108 @@
+"""Lumina-Image 2.0: diffusers Lumina2Transformer2DModel, which patches by itself.
+
+It counts time backwards. Positions are looked up in tables of so many words, rows and columns.
+Every prompt stands behind a system's own, but for the empty one, which is empty.
+The pipeline's guidance keeps the length of each row of the latent map; ours does not.
+B images, L text tokens (differing), C channels, q the latent patch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asymlift.errors import BadData
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    Text,
+    check_channels,
+    plain_shift,
+    setting,
+    vae_factor,
+)
+from asymlift.families.text import padded_text
+
+LENGTH = 256  # words of the longest prompt
+
+
+def geometry(transformer: Config, vae: Config) -> Geometry:
+    """Read the sizes off the two configs."""
+    q = setting(transformer, "patch_size")
+    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
+    return check_channels(sizes, setting(transformer, "in_channels"), "lumina2")
+
+
+def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
+    """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
+    words = text["encoder_hidden_states"]
+    assert isinstance(words, Tensor)
+    h, w = (side // net.config.patch_size for side in latent.shape[-2:])
+    # the picture stands right behind the words
+    for kind, last, most in zip(
+        ("words", "rows", "columns"),
+        (words.shape[1], h - 1, w - 1),
+        net.config.axes_lens,
+        strict=True,
+    ):
+        if last >= most:  # on a GPU the class would end the process
+            raise BadData(
+                f"lumina2: position {last} of {kind} is asked for, but this model knows {most} "
+                "of them; use smaller pictures, or a smaller model.text_length"
+            )
+    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
+    return out
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipeline: Any, prompts: Sequence[str], max_length: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Embed each prompt, (L, width), without padding, so L differs."""
+    length = {} if max_length is None else {"max_sequence_length": max_length}
+    *written, empty, empty_mask = pipeline.encode_prompt(
+        prompt=list(prompts), do_classifier_free_guidance="" in prompts, **length
+    )
+    samples = []
+    for i, prompt in enumerate(prompts):
+        words, mask = written if prompt else (empty, empty_mask)
+        samples.append({"encoder_hidden_states": words[i][mask[i].bool()].clone()})
+    return samples
+
+
+LUMINA2 = Family(
+    name="lumina2",
+    transformer="Lumina2Transformer2DModel",
+    pipelines=("Lumina2Pipeline",),
+    first="x_embedder",
+    last="norm_out.linear_2",
+    final_norm="norm_out.linear_1",  # the norm itself has no weights
+    order_in="p q c",
+    order_out="p q c",
+    sign=-1,
+    geometry=geometry,
+    channels=lambda c: {"in_channels": c, "out_channels": None},
+    time=lambda tau, num_tokens: 1 - tau,  # not 1000 times that
+    run=run,
+    encode_latents=encode_latents,
+    decode_latents=decode_latents,
+    encode_prompt=encode_prompt,
+    collate=padded_text("encoder_hidden_states", "encoder_attention_mask"),
+    text_shapes=lambda config, length: {
+        "encoder_hidden_states": (length or LENGTH, setting(config, "cap_feat_dim"))
+    },
+    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    lora_targets=(
+        "layers.*.feed_forward.linear_*",  # 1, 2, 3
+        "noise_refiner.*.feed_forward.linear_*",
+        "context_refiner.*.feed_forward.linear_*",
+        "time_caption_embed.timestep_embedder.linear_*",
+        "layers.*.attn.to_out.0",
+    ),
+    checkpoints=("Alpha-VLLM/Lumina-Image-2.0",),
+    tier="free",
+    sizes=Geometry(vae_factor=8, channels=16, patch=2),
+)
