@@ -3,6 +3,7 @@
 Never from the network, never a pickle, never code that came with the checkpoint.
 """
 
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,6 @@ from asymlift.artifacts.diffusers_folder import (
     DiffusersFolder,
     check_component_name,
     read_json,
-    weight_files,
     weight_headers,
 )
 from asymlift.artifacts.safetensors_stream import Header
@@ -125,16 +125,21 @@ def embed_prompts(
     """Return the family's embeddings; the chat template that they need came with the model."""
     try:
         return family.encode_prompt(pipeline, prompts, length)
-    except TemplateError as error:  # the sandbox that it runs in has refused it, or it is broken
-        raise BadData(
-            f"{_named_source(pipeline)}: its chat template cannot be used ({error})"
-        ) from error
+    except Exception as error:
+        if not _is_of_template(error):
+            raise
+        raise BadData(f"{_template_folder(pipeline)}: its chat template: {error}") from error
 
 
-def _named_source(pipeline: Any) -> str:
-    """The folder of the part that may have the template."""
-    readers = (getattr(pipeline, name, None) for name in ("tokenizer", "processor"))
-    found = [getattr(one, "tokenizer", one) for one in readers if one is not None]
+def _is_of_template(error: Exception) -> bool:
+    """Whether a template is broken, its sandbox has refused it, or its code has failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, TemplateError) or any(f.filename == "<template>" for f in frames)
+
+
+def _template_folder(pipeline: Any) -> str:
+    parts = (getattr(pipeline, name, None) for name in ("tokenizer", "processor"))
+    found = [getattr(part, "tokenizer", part) for part in parts if part is not None]
     return str(getattr(found[0], "name_or_path", "")) if found else type(pipeline).__name__
 
 
@@ -346,7 +351,9 @@ def _load_part(
     is_model = issubclass(part, nn.Module)
     options: dict[str, Any] = {"local_files_only": True}
     if is_model:
-        weight_files(place)  # a pickle is refused
+        weight_headers(place)  # a pickle is refused, and what would fill memory when it is parsed
+        if (place / "config.json").is_file():
+            _check_depth(place / "config.json", read_json(place / "config.json"))
         options |= {"use_safetensors": True, "output_loading_info": True}
         if dtype is not None:
             options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
@@ -362,6 +369,15 @@ def _load_part(
     if missing:
         raise BadData(f"{place}: weights are missing: {_some(sorted(missing))}")
     return loaded.eval() if is_model else loaded
+
+
+def _check_depth(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse so many layers that a library fills memory with their names before it builds one."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(path, value)
+        elif "layers" in key and type(value) is int and value > MOST_PARAMETERS:
+            raise BadData(f"{path}: `{key}` is {value}; no network has more than {MOST_PARAMETERS}")
 
 
 def _existing_folder(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Where a recipe's parts are on this machine."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from asymlift.runtime import third_party
 
 EMBEDDED = "embedded:"
 MOST_SIZE = 4096  # of a latent cell, a patch, or a latent's channels; known ones stay below 200
+# What comes of a config's values where they are not of the kind that they should be.
+WRONG_VALUES = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
 
 
 def base_folder(recipe: Recipe) -> Path:
@@ -57,7 +60,7 @@ def geometry_of(folder: DiffusersFolder, family: Family) -> Geometry:
         found = family.geometry(transformer, vae)
     except BadData as error:
         raise BadData(f"{folder.path}: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+    except WRONG_VALUES as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadData(f"{where} do not give the sizes of a {family.name} ({reason})") from error
     sizes = asdict(found).items()
@@ -66,6 +69,19 @@ def geometry_of(folder: DiffusersFolder, family: Family) -> Geometry:
         raise BadData(
             f"{where} give no {' and no '.join(wrong)} that is a whole number from 1 to {MOST_SIZE}"
         )
+    return found
+
+
+def base_shift_of(folder: DiffusersFolder, family: Family, num_tokens: int) -> float:
+    """The time shift that a model's scheduler has for so many tokens."""
+    path = folder.folder("scheduler") / "scheduler_config.json"
+    try:
+        found = family.base_shift(folder.config("scheduler"), num_tokens)
+    except WRONG_VALUES as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadData(f"{path}: does not give a time shift ({reason})") from error
+    if not 0 < found < math.inf:
+        raise BadData(f"{path}: gives a time shift of {found}")
     return found
 
 

@@ -51,7 +51,7 @@ from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
 from asymlift.model.trained_weights import apply_trained
 from asymlift.runtime import dist, log
-from asymlift.stages.locate import geometry_of
+from asymlift.stages.locate import base_shift_of, geometry_of
 from asymlift.stages.sample_folder import GRID, Picture, SampleFolder, Weights, read_index
 
 TRAINED = {"ema": EMA, "raw": TRAINABLE}  # weights -> their file in a checkpoint
@@ -251,7 +251,7 @@ class Sources:
             height=plan.height,
             width=plan.width,
             s=self.lifted.s if self.lifted else 1.0,
-            base_shift=self.family.base_shift(self.pipeline.config("scheduler"), num_tokens),
+            base_shift=base_shift_of(self.pipeline, self.family, num_tokens),
         )
 
     @property

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from torch.testing import assert_close
 
-from asymlift.data.packing import DTYPES, pack, packed_size, unpack
+from asymlift.data.packing import DTYPES, MOST_HEADER, pack, packed_size, unpack
 from asymlift.errors import BadData
 
 DRAW = torch.Generator().manual_seed(0)
@@ -117,3 +117,9 @@ def test_scales_that_would_make_a_tensor_grow_are_refused():
     tall = {"a": torch.zeros(8, 1).to(torch.float8_e4m3fn), "a.scale": torch.ones(1, 8)}
     with pytest.raises(ValueError, match=r"a is \(8, 1\), its scales \(1, 8\)"):
         unpack(safetensors.torch.save(tall))
+
+
+def test_a_header_that_no_sample_needs_is_refused_unread():
+    data = (MOST_HEADER + 1).to_bytes(8, "little") + b"{" + b" " * MOST_HEADER
+    with pytest.raises(ValueError, match="its header is longer than 1048576 bytes"):
+        unpack(data)

@@ -12,6 +12,7 @@ import torch
 
 from asymlift.artifacts import basis_file, manifest
 from asymlift.artifacts.manifest import canonical_json, write_manifest
+from asymlift.artifacts.parsing import MOST_JSON
 from asymlift.artifacts.safetensors_stream import load_tensors, save_tensors
 from asymlift.embedded import MODELS
 from tests.reliability.attacks import (
@@ -32,6 +33,7 @@ from tests.reliability.jail import Cell
 
 WEIGHTS = "diffusion_pytorch_model"
 MANY = 1 << 62
+TABLES = b'{"":0},' * ((MOST_JSON - 100) // 7)  # hardly anything takes more memory for its length
 
 
 def header(body: object, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -56,6 +58,7 @@ TENSOR_FILES: dict[str, Callable[[Cell], bytes]] = {
     "a hole": lambda cell: header({"a": entry([1], 4, 8)}, b"0" * 8),
     "deeply nested": lambda cell: header(b'{"a":' + b"[" * DEEP),
     "numbers of many digits": lambda cell: header(b'{"a":' + b"9" * 100_000 + b"}"),
+    "a header of 16 MB of tables": lambda cell: header(b'{"a":[' + TABLES + b"0]}"),
     "a header of 90 MB of lists": lambda cell: header(b'{"a":[' + b"[]," * 30_000_000 + b"[]]}"),
     "lists for texts": lambda cell: header({"__metadata__": [1], "a": []}),
     "nothing": lambda cell: b"",
@@ -147,6 +150,9 @@ def base_attacks() -> Iterator[Attack]:
         "a pipeline of other code": {"_class_name": ["pipeline_evil", "Evil"]},
         "a tokenizer of any class": {"tokenizer": ["transformers", "AutoTokenizer"]},
         "an encoder of any class": {"text_encoder": ["transformers", "AutoModel"]},
+        "a pipeline as a component": {"vae": ["diffusers", "DiffusionPipeline"]},
+        "a component that is no part": {"vae": ["transformers", "Trainer"]},
+        "settings of its own": {"custom_pipeline": "evil", "device_map": "auto"},
     }
     for name, changes in indexes.items():
         change = listed(**changes)
@@ -161,12 +167,19 @@ def base_attacks() -> Iterator[Attack]:
 
     yield attack("code beside every part", code_everywhere)
 
-    def template(cell: Cell, base: Path) -> None:
-        call = "{{ cycler.__init__.__globals__.os.system('" + cell.command + "') }}"
-        edit_json(base / "tokenizer/tokenizer_config.json", chat_template=call)
-        (base / "tokenizer/chat_template.jinja").write_text(call)
+    templates: dict[str, Callable[[Cell], str]] = {
+        "calls": lambda c: "{{ cycler.__init__.__globals__.os.system('" + c.command + "') }}",
+        "is broken": lambda c: "{% if",
+        "divides by zero": lambda c: "{{ 1 // (messages | length - messages | length) }}",
+        "names what is not there": lambda c: "{{ a.b.c }}",
+    }
+    for name, text in templates.items():
 
-    yield attack("a chat template that calls", template)
+        def template(cell: Cell, base: Path, text: Callable[[Cell], str] = text) -> None:
+            edit_json(base / "tokenizer/tokenizer_config.json", chat_template=text(cell))
+            (base / "tokenizer/chat_template.jinja").write_text(text(cell))
+
+        yield attack(f"a chat template that {name}", template)
 
     configs: dict[str, dict[str, dict[str, Any]]] = {
         "a transformer of another class": {"transformer": {"_class_name": "os.system"}},
@@ -175,9 +188,14 @@ def base_attacks() -> Iterator[Attack]:
         "a transformer of words": {"transformer": {"in_channels": "12", "patch_size": []}},
         "a VAE of huge width": {"vae": {"block_out_channels": [2**40, 2**40]}},
         "a VAE of many levels": {"vae": {"block_out_channels": [8] * 4000}},
+        "a VAE of endless levels": {"vae": {"layers_per_block": 10**9}},
         "a VAE of words": {"vae": {"block_out_channels": "8", "latent_channels": "x"}},
+        "an encoder of words": {"text_encoder": {"hidden_size": "x", "layer_types": 5}},
         "an encoder of huge width": {"text_encoder": {"hidden_size": 2**40}},
         "an encoder without end": {"text_encoder": {"num_hidden_layers": 10**9}},
+        "an encoder without end by all counts": {
+            "text_encoder": {"num_hidden_layers": 10**9, "layer_types": None}
+        },
         "an encoder that is quantized": {
             "text_encoder": {"quantization_config": {"quant_method": "bitsandbytes"}}
         },
@@ -228,6 +246,8 @@ def code_everywhere(cell: Cell, base: Path) -> None:
         (cell.inputs / f"{name}.py").write_text(cell.python)
     model = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling_evil.E")
     edit_json(base / "text_encoder/config.json", auto_map=model, custom_pipelines={})
+    inner = {"_class_name": "DDPMPipeline", "scheduler": ["evil", "E"], "unet": ["evil", "E"]}
+    (base / "vae/model_index.json").write_text(json.dumps(inner))
     tokenizer = {"AutoTokenizer": ["tokenization_evil.E", "tokenization_evil.E"]}
     edit_json(base / "tokenizer/tokenizer_config.json", auto_map=tokenizer)
     for part in ("vae", "transformer"):
@@ -434,6 +454,22 @@ def lifted_attacks() -> Iterator[Attack]:
 
     yield folder_attack("lifted", "NaN in A", tensors)
 
+    configs: dict[str, tuple[str, dict[str, Any]]] = {
+        "a transformer without end": ("transformer/config", {"num_layers": 10**9}),
+        "a transformer of huge width": ("transformer/config", {"num_attention_heads": 10**9}),
+        "a transformer of words": ("transformer/config", {"num_layers": "x", "mlp_ratio": {}}),
+        "a scheduler of words": ("scheduler/scheduler_config", {"shift": "x", "base_shift": []}),
+    }
+    for name, (file, changes) in configs.items():
+
+        def configured(
+            cell: Cell, folder: Path, file: str = file, changes: dict[str, Any] = changes
+        ) -> None:
+            edit_json(folder / f"{file}.json", **changes)
+            sealed(folder, "lifted")
+
+        yield folder_attack("lifted", name, configured, "sample", "inspect", "finetune")
+
     def code(cell: Cell, folder: Path) -> None:
         code_everywhere(cell, folder)
         sealed(folder, "lifted")
@@ -455,9 +491,13 @@ def checkpoint_attacks() -> Iterator[Attack]:
     yield state("a state that is a list", lambda values: [])
     yield state("a state that is empty", lambda values: {})
     yield state("a state of 90 MB", lambda values: b'{"a":[' + b"[]," * 30_000_000 + b"[]]}")
+    yield state("a state of 16 MB", lambda values: b'{"a":[' + TABLES + b"0]}")
     yield state("parameters of words", lambda values: values.update(parameters="x"))
     yield state("adapters of words", lambda values: values.update(lora="x"))
-    yield state("adapters of huge rank", lambda values: values.update(lora={"rank": 10**9}))
+    yield state("adapters of a rank alone", lambda values: values.update(lora={"rank": 10**9}))
+    yield state(
+        "adapters of huge rank", lambda values: values.update(lora={"rank": 10**9, "alpha": 1.0})
+    )
     yield state("fingerprints of words", lambda values: values.update(fingerprints=[1]))
     yield state("a step of words", lambda values: values.update(step="x", samples={}))
     yield state("a recipe of words", lambda values: values.update(recipe=5, seen="x"))

@@ -11,7 +11,8 @@ from asymlift.embedded import MODELS
 from asymlift.errors import BadData
 from asymlift.families import find_family
 from asymlift.families.base import Geometry
-from asymlift.stages.locate import geometry_of
+from asymlift.families.flux2 import FLUX2
+from asymlift.stages.locate import base_shift_of, geometry_of
 
 NO_SIZES = "do not give the sizes of a flux2 (TypeError: "
 
@@ -47,3 +48,22 @@ def test_sizes_that_are_none_are_refused_by_folder(transformer, vae, said, tmp_p
     with pytest.raises(BadData) as refused:
         geometry(base)
     assert str(refused.value).startswith(f"{base}: ") and said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"shift": "x", "use_dynamic_shifting": False}, "does not give a time shift (ValueError: "),
+        ({"shift": [], "use_dynamic_shifting": False}, "does not give a time shift (TypeError: "),
+        ({"shift": -1.0, "use_dynamic_shifting": False}, "gives a time shift of -1.0"),
+        ({"shift": float("nan"), "use_dynamic_shifting": False}, "gives a time shift of nan"),
+    ],
+)
+def test_a_time_shift_that_is_none_is_refused_by_file(change, said, tmp_path):
+    base = Path(shutil.copytree(MODELS["tiny"], tmp_path / "base"))
+    assert base_shift_of(DiffusersFolder(base), FLUX2, 16) > 0
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadData) as refused:
+        base_shift_of(DiffusersFolder(base), FLUX2, 16)
+    assert str(refused.value).startswith(f"{path}: ") and said in str(refused.value)

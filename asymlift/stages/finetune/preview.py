@@ -30,7 +30,7 @@ from asymlift.report.pictures import grid_png
 from asymlift.runtime import dist, watch
 from asymlift.runtime.dist import Ranks
 from asymlift.runtime.log import complain, warn
-from asymlift.stages.locate import base_folder
+from asymlift.stages.locate import base_folder, base_shift_of
 
 if TYPE_CHECKING:
     from asymlift.stages.finetune.data import Encoders
@@ -82,13 +82,12 @@ def canvas_of(recipe: Recipe, lifted: Lifted, family: Family) -> Canvas:
             )
     settings = replace(settings_of(drawn), steps=use.steps, guidance=use.guidance)
     num_tokens = drawn.height * drawn.width // patch**2
-    scheduler = DiffusersFolder(lifted.folder).config("scheduler")
     sigmas = noise_levels(
         settings,
         height=drawn.height,
         width=drawn.width,
         s=lifted.s,
-        base_shift=family.base_shift(scheduler, num_tokens),
+        base_shift=base_shift_of(DiffusersFolder(lifted.folder), family, num_tokens),
     )
     return Canvas(drawn.height, drawn.width, drawn.seed, settings, sigmas)
 

@@ -25,7 +25,7 @@ from asymlift.stages.fit_basis import verdict_on
 from asymlift.stages.inspection.data import inspect_data, is_data
 from asymlift.stages.inspection.report import SHOWN, Inspection, brief, some_of
 from asymlift.stages.inspection.single_file import portability_of
-from asymlift.stages.locate import geometry_of
+from asymlift.stages.locate import base_shift_of, geometry_of
 
 KNOWN = (
     "a recipe (.yaml), a basis or other tensors (.safetensors), a shard (.tar) or a folder of "
@@ -234,7 +234,7 @@ def _sizes(
 ) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     p = geometry.pixel_patch
     tokens = (MEGAPIXEL // p) ** 2
-    shift = family.base_shift(folder.config("scheduler"), tokens)
+    shift = base_shift_of(folder, family, tokens)
     shifts = f"{shift:.4g} in latents"
     if s is not None:
         shifts += f", {pixel_shift(shift, s):.4g} in pixels"
