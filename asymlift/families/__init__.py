@@ -15,6 +15,7 @@ from asymlift.families.fibo import FIBO
 from asymlift.families.fibo2 import FIBO2
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
+from asymlift.families.flux3 import FLUX3
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
 from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.longcat import LONGCAT
@@ -32,12 +33,13 @@ FAMILIES: dict[str, Family] = {
         BRIA,
         CHROMA,
         COGVIEW4,
-        ERNIE,
         COSMOS,
+        ERNIE,
         FIBO,
         FIBO2,
         FLUX1,
         FLUX2,
+        FLUX3,
         HUNYUANIMAGE,
         KANDINSKY5,
         LONGCAT,
@@ -45,9 +47,9 @@ FAMILIES: dict[str, Family] = {
         OVIS,
         QWENIMAGE,
         SD3,
+        SIT,
         ZIMAGE,
     )
-        SIT,
 }
 
 
