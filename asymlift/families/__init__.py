@@ -21,6 +21,7 @@ from asymlift.families.longcat import LONGCAT
 from asymlift.families.lumina2 import LUMINA2
 from asymlift.families.ovis import OVIS
 from asymlift.families.qwenimage import QWENIMAGE
+from asymlift.families.sana import SANA
 from asymlift.families.sd3 import SD3
 from asymlift.families.sit import SIT
 from asymlift.families.zimage import ZIMAGE
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         LUMINA2,
         OVIS,
         QWENIMAGE,
+        SANA,
         SD3,
         SIT,
         ZIMAGE,

@@ -73,7 +73,7 @@ class Family:
     pipelines: tuple[str, ...]  # the diffusers pipelines that drive it
     first: str  # path of the map that reads tokens
     last: str  # path of the map that writes them
-    final_norm: str  # path of what modulates the last map's input; trained in full, like the maps
+    final_norm: str | None  # path of what modulates the last map's input; None if no module does
     order_in: Order  # how a patch is flattened on the way in (a convolution is always "c p q") ...
     order_out: Order  # ... and on the way out
     sign: int  # raw output = sign * (eps - x0)
@@ -106,6 +106,12 @@ class Family:
     def first_maps(self) -> tuple[str, ...]:
         """Return the paths of all maps that read tokens."""
         return (self.first, *self.also_first)
+
+
+def trained_in_full(family: Family) -> dict[str, str]:
+    """Return word -> path of the modules that a recipe may name by a word, all families alike."""
+    words = {"first": family.first, "last": family.last, "final_norm": family.final_norm}
+    return {word: path for word, path in words.items() if path is not None}
 
 
 def setting(config: Config, key: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from asymlift.errors import BadRecipe
-from asymlift.families.base import Family, matching_modules
+from asymlift.families.base import Family, matching_modules, trained_in_full
 from asymlift.model.reference import Twin
 from asymlift.runtime.parameters import Trainable
 
@@ -101,6 +101,8 @@ def whole_modules(modules: list[str], family: Family, net: nn.Module) -> dict[st
     """Path -> role of every module that trains in full; none may lie inside another."""
     whole: dict[str, str] = {}
     for role in modules:
+        if role == "final_norm" and family.final_norm is None:
+            continue
         path = path_of(role, family, net)
         for other in whole:
             outer, inner = sorted((other, path), key=len)
@@ -115,8 +117,7 @@ def whole_modules(modules: list[str], family: Family, net: nn.Module) -> dict[st
 
 def path_of(role: str, family: Family, net: nn.Module) -> str:
     """The module that a word of `train.modules` stands for."""
-    known = {"first": family.first, "last": family.last, "final_norm": family.final_norm}
-    path = known.get(role, role)
+    path = trained_in_full(family).get(role, role)
     existing = [name for name, _ in net.named_modules() if name]
     if path not in existing:
         raise BadRecipe(

@@ -11,7 +11,7 @@ from torch import nn
 
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import FAMILIES, find_family
-from asymlift.families.base import Geometry, matching_modules
+from asymlift.families.base import Geometry, matching_modules, trained_in_full
 from asymlift.families.flux2 import DEFAULT_STEPS
 from asymlift.runtime import third_party
 from tests.families.case import FOUR_LEVELS, case_of, published_net
@@ -38,7 +38,8 @@ def test_published_checkpoints_have_the_paths_and_sizes_that_are_stated(name):
             weight = net.get_submodule(path).weight
             assert weight.shape[1] * math.prod(weight.shape[2:]) >= sizes.d
         assert len(net.get_submodule(family.last).weight) >= sizes.d
-        assert any(p.numel() for p in net.get_submodule(family.final_norm).parameters())
+        for path in trained_in_full(family).values():
+            assert any(p.numel() for p in net.get_submodule(path).parameters())
         assert matching_modules(net, family.lora_targets)
 
 
@@ -93,6 +94,11 @@ def test_a_kandinsky5_of_films_is_refused():
         geometry({"patch_size": [2, 2, 2]}, {})
 
 
+def test_a_sana_sprint_is_refused():
+    with pytest.raises(BadData, match="SANA-Sprint, whose time is an angle"):
+        FAMILIES["sana"].geometry({"guidance_embeds": True}, {})
+
+
 def test_more_latents_than_pixels_cannot_be_lifted():
     with pytest.raises(BadData, match="at least as many pixels"):
         Geometry(vae_factor=2, channels=16, patch=2)
@@ -104,14 +110,16 @@ def test_paths_lead_to_the_right_modules(name):
     for path in family.first_maps:
         assert isinstance(net.get_submodule(path), (nn.Linear, nn.Conv2d))
     assert isinstance(net.get_submodule(family.last), nn.Linear)
-    norm = net.get_submodule(family.final_norm)
-    assert sum(p.numel() for p in norm.parameters()) > 0
+    for path in trained_in_full(family).values():
+        assert sum(p.numel() for p in net.get_submodule(path).parameters()) > 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_final_norm_steers_what_the_last_map_reads_and_no_block(name):
     """Halved, it changes what the last map reads, and no block before, unless the case says so."""
     family, case, pair = FAMILIES[name], case_of(name), lifted_pair(name)
+    if family.final_norm is None:
+        pytest.skip("no module with weights stands between the last block and the last map")
     net, read = pair.latent.net, {}
     blocks = [path for path, _ in net.named_modules() if path.endswith(case.last_block)]
     for path in (blocks[-1], family.last):
@@ -205,6 +213,16 @@ def test_the_base_shift_gives_the_schedulers_levels(name, kind, num_tokens):
 def test_a_static_shift_is_taken_from_the_scheduler(name):
     assert FAMILIES[name].base_shift({"shift": 3.0, "use_dynamic_shifting": False}, 4096) == 3.0
     assert FAMILIES[name].base_shift({"shift": 6.0}, 24) == 6.0
+
+
+def test_the_published_scheduler_of_sana_shifts_under_another_name():
+    scheduler = third_party.library("diffusers").DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    scheduler.set_timesteps(20)
+    steps, shift = torch.linspace(1, 0, 21), FAMILIES["sana"].base_shift(scheduler.config, 1024)
+    wanted = shift * steps / (1 + (shift - 1) * steps)
+    torch.testing.assert_close(scheduler.sigmas, wanted, rtol=0, atol=1e-2)
 
 
 def test_the_flux2_pipelines_default_number_of_steps_is_ours():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from asymlift.families import FAMILIES
-from asymlift.families.base import matching_modules
+from asymlift.families.base import matching_modules, trained_in_full
 from asymlift.maths.asymmetric import project
 from asymlift.maths.schedule import sigma_from_tau
 from asymlift.model.checkpointing import checkpoint_blocks
@@ -194,7 +194,7 @@ def test_all_that_a_recipe_trains_gets_a_gradient(name):
     g = torch.Generator().manual_seed(1)
     x_t = torch.randn(2, math.prod(pair.grid), pair.geometry.D, generator=g)
     pair.pixel(x_t, SIGMA, pair.text, pair.grid, floor=1e-6).square().mean().backward()
-    for path in (family.first, family.last, family.final_norm):
+    for path in trained_in_full(family).values():
         for weight in net.get_submodule(path).parameters():
             assert weight.grad is not None and weight.grad.any(), path
     for path in matching_modules(net, family.lora_targets):

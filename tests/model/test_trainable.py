@@ -7,7 +7,7 @@ import torch
 
 from asymlift.errors import BadRecipe
 from asymlift.families import FAMILIES
-from asymlift.families.base import matching_modules
+from asymlift.families.base import matching_modules, trained_in_full
 from asymlift.model.reference import Twin
 from asymlift.model.trainable import (
     Adapters,
@@ -54,7 +54,7 @@ def test_exactly_the_named_parts_train_under_the_names_of_the_plain_state_dict(
     trainable = as_published(net, name, keep_originals=keep_originals)
 
     targets = matching_modules(plain, family.lora_targets)
-    whole = {"first": family.first, "last": family.last, "final_norm": family.final_norm}
+    whole = trained_in_full(family)
     expected = {
         f"{path}.{part}.weight": "lora" for path in targets for part in ("lora_A", "lora_B")
     }
@@ -75,7 +75,7 @@ def test_exactly_the_named_parts_train_under_the_names_of_the_plain_state_dict(
         width_out, width_in = stored[f"{path}.weight"].shape
         assert trainable.parameters[f"{path}.lora_A.weight"].shape == (3, width_in)
         assert trainable.parameters[f"{path}.lora_B.weight"].shape == (width_out, 3)
-    assert sum(isinstance(m, Twin) for m in net.modules()) == (3 if keep_originals else 0)
+    assert sum(isinstance(m, Twin) for m in net.modules()) == (len(whole) if keep_originals else 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -292,7 +292,7 @@ def test_muon_is_for_the_matrices_of_blocks_that_train_in_full(name):
     shapes = {path: p.ndim for path, p in trainable.parameters.items()}
     inside = {path for path in shapes if path.startswith(tuple(f"{b}." for b in blocks))}
     assert trainable.matrices == {path for path in inside if shapes[path] == 2}
-    others = (family.first, family.last, family.final_norm)
+    others = tuple(trained_in_full(family).values())
     assert not any(path.startswith(others) for path in trainable.matrices)
     assert len(trainable.matrices) > 10
 
