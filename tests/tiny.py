@@ -133,13 +133,15 @@ def lifted_pair(
 def tiny_pipeline(name: str, *, transformer: Any = None, vae: Any = None) -> Any:
     """Return the real pipeline around tiny parts; it can be called with a prompt."""
     case = case_of(name)
-    pipeline = getattr(third_party.library("diffusers"), FAMILIES[name].pipelines[0])(
-        transformer=tiny_transformer(name) if transformer is None else transformer,
-        vae=tiny_vae(name) if vae is None else vae,
-        scheduler=case.scheduler(),
+    parts = {
+        "transformer": tiny_transformer(name) if transformer is None else transformer,
+        "vae": tiny_vae(name) if vae is None else vae,
+        "scheduler": case.scheduler(),
         **case.text_parts(),
         **case.pipeline_parts,
-    )
+    }
+    kind = getattr(third_party.library("diffusers"), FAMILIES[name].pipelines[0])
+    pipeline = case.assemble(parts) if case.assemble else kind(**parts)
     case.told(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -147,7 +149,7 @@ def tiny_pipeline(name: str, *, transformer: Any = None, vae: Any = None) -> Any
 
 def write_pipeline(folder: Path, name: str, **parts: Any) -> Path:
     """Save a whole tiny pipeline as a diffusers folder, as a user would have it."""
-    tiny_pipeline(name, **parts).save_pretrained(folder)
+    case_of(name).save(tiny_pipeline(name, **parts), folder)
     index = folder / "model_index.json"
     index.write_text(json.dumps(dict(case_of(name).pipeline_parts) | json.loads(index.read_text())))
     return folder

@@ -15,6 +15,7 @@ from asymlift.families.fibo import FIBO
 from asymlift.families.fibo2 import FIBO2
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
+from asymlift.families.flux3 import FLUX3
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
 from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.longcat import LONGCAT
@@ -39,6 +40,7 @@ FAMILIES: dict[str, Family] = {
         FIBO2,
         FLUX1,
         FLUX2,
+        FLUX3,
         HUNYUANIMAGE,
         KANDINSKY5,
         LONGCAT,

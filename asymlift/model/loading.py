@@ -116,7 +116,7 @@ def load_pipeline(
     pipeline = _pipeline_class(origin, index.get("_class_name"), library)
     loaded = load_pipeline_parts(folder, wanted, library=library, dtype=dtype)
     with _of_files(origin, f"no {pipeline.__name__} can be made of it"):
-        return pipeline(**settings, **{**dict.fromkeys(parts), **loaded})
+        return _assembled(pipeline, settings, {**dict.fromkeys(parts), **loaded})
 
 
 def embed_prompts(
@@ -284,9 +284,19 @@ def _pipeline_class(origin: Path, name: object, own: str | None) -> Any:
     """The pipeline's class: of diffusers, unless the family's own package has one of that name."""
     is_ours = own is not None and hasattr(third_party.library(own), str(name))
     found = _class_in(own if is_ours and own else "diffusers", name, origin)
-    if not issubclass(found, third_party.library("diffusers").DiffusionPipeline):
+    diffusers = third_party.library("diffusers")
+    if not issubclass(found, (diffusers.DiffusionPipeline, diffusers.ModularPipeline)):
         raise BadData(f"{origin}: {name} is no pipeline")
     return found
+
+
+def _assembled(kind: Any, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    """A pipeline of these parts; a modular one gets them after it is made."""
+    if not issubclass(kind, third_party.library("diffusers").ModularPipeline):
+        return kind(**settings, **parts)
+    pipeline = kind()
+    pipeline.update_components(**{name: part for name, part in parts.items() if part is not None})
+    return pipeline
 
 
 def _component_kinds() -> tuple[type, ...]:

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ class Case:
     mu: Callable[[Any, int, int], float | None] = lambda module, num_tokens, steps: None
     cannot_sample_pixels: str = ""  # why the stock pipeline cannot run the lifted model
     shared_modulation: str = ""  # why the final norm's weights steer the blocks too
+    assemble: Callable[[dict[str, Any]], Any] | None = None  # makes the pipeline; else its class
+    save: Callable[[Any, Path], None] = lambda pipeline, folder: pipeline.save_pretrained(folder)
+    drive: Callable[[Any, Mapping[str, Any]], Any] = lambda pipeline, call: (  # -> pictures
+        pipeline(**call, return_dict=False)[0]
+    )
 
     @property
     def height(self) -> int:

@@ -26,13 +26,14 @@ from tests.tiny import lifted_pair, tiny_pipeline, tiny_text, tiny_transformer, 
 
 def intercept(net: Any, case: Case, answer: Callable[..., Tensor]) -> None:
     """Let `answer(map, time, text, call)` reply to the pipeline in place of this transformer."""
-    signature = inspect.signature(type(net).forward)
+    signature, bound = inspect.signature(type(net).forward), inspect.signature(net.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = dict(signature.bind(net, *args, **kwargs).arguments)
         made = case.write(answer(*case.read(call), call))
         return (made,) if call.get("return_dict") is False else Answer(made)
 
+    vars(forward)["__signature__"] = bound  # some pipelines look what it takes
     net.forward = forward
 
 
@@ -87,7 +88,7 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
 
     intercept(net, case, oracle)
     options = {**case.call, "num_inference_steps": 4, "output_type": "pt"}
-    picture = pipeline(**options, return_dict=False)[0]
+    picture = case.drive(pipeline, options)
 
     del net.forward
     text = family.collate(family.encode_prompt(pipeline, [case.call.get("prompt", PROMPT)], case.length))
@@ -197,6 +198,8 @@ def _last_state(name: str, net: Any, noise: Tensor, levels: Tensor) -> Tensor:
     pipeline = tiny_pipeline(name, transformer=net)
     times = case.timesteps and case.timesteps(levels, noise.shape[1])
     pipeline.scheduler = scheduler_with(case.sigmas(levels), states, times)
+    # modular pipelines decode whatever they are asked for, to no use
+    pipeline.vae.decode = lambda z, return_dict: (torch.zeros(1, 3, 8, 8),)
     if hasattr(pipeline.vae, "bn"):
         # applied at the end, to no use
         pipeline.vae.bn = torch.nn.BatchNorm2d(noise.shape[-1])
