@@ -21,6 +21,7 @@ from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.longcat import LONGCAT
 from asymlift.families.lumina2 import LUMINA2
 from asymlift.families.ovis import OVIS
+from asymlift.families.omnigen import OMNIGEN
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.sana import SANA
 from asymlift.families.sd3 import SD3
@@ -47,6 +48,7 @@ FAMILIES: dict[str, Family] = {
         LUMINA2,
         OVIS,
         QWENIMAGE,
+        OMNIGEN,
         SANA,
         SD3,
         SIT,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +56,11 @@ def ragged_text(samples: Sequence[Sample]) -> Text:
 
 
 def padded_text(
-    key: str, mask: str, *, mask_dtype: torch.dtype = torch.bool
+    key: str,
+    mask: str,
+    *,
+    mask_dtype: torch.dtype = torch.bool,
+    side: Literal["left", "right"] = "right",
 ) -> Callable[[Sequence[Sample]], Text]:
     """Return what pads `key`, (L, ...) of each sample, to the longest, and writes where words are.
 
@@ -74,7 +78,8 @@ def padded_text(
                 )
         others = stack_text([{k: v for k, v in one.items() if k != key} for one in samples])
         written = [torch.ones(len(one), dtype=mask_dtype, device=one.device) for one in words]
-        return {**others, key: pad_sequence(words, True), mask: pad_sequence(written, True)}
+        padded, marks = (pad_sequence(t, True, padding_side=side) for t in (words, written))
+        return {**others, key: padded, mask: marks}
 
     return collate
 

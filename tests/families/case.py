@@ -65,6 +65,7 @@ class Case:
     levels: Callable[[Any], Tensor] = lambda scheduler: scheduler.sigmas[:-1]
     timesteps: Callable[[Tensor, int], Tensor] | None = None  # (levels, tokens); 1000 times levels
     sigmas: Callable[[Tensor], Tensor] = lambda levels: levels  # what the scheduler calls them
+    inverted: bool = False  # its scheduler counts from noise, 0, up to the picture, 1
     most_noise: float = 1.0  # the highest level that the pipeline can start from
     rounding: float = 0.0  # of the pipeline's pictures
     raw_latent: Callable[[Any, Tensor], Tensor] = lambda vae, image: (  # (VAE, image) -> (B, ...)

@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from asymlift.errors import BadData
+from asymlift.errors import BadData, Unavailable
 from asymlift.families import FAMILIES
+from asymlift.model.loading import load_pipeline
 from asymlift.runtime import third_party
-from tests.tiny import lifted_pair, tiny_pipeline, tiny_text, tiny_transformer
+from tests.tiny import (
+    lifted_pair,
+    tiny_pipeline,
+    tiny_text,
+    tiny_transformer,
+    write_pipeline,
+)
 
 COSMOS = FAMILIES["cosmos"]
 
@@ -41,8 +48,14 @@ def test_the_mask_that_the_network_gets_hides_nothing():
     assert torch.equal(COSMOS.run(net, latent, time, text), whole.sample.squeeze(2))
 
 
-def test_without_its_guardrail_diffusers_builds_no_pipeline():
-    """`Guardrail` of the tests stands in for it; asymlift itself makes none."""
-    tiny_pipeline("cosmos")
+def test_without_its_guardrail_there_is_no_pipeline(tmp_path, monkeypatch):
+    """A package of NVIDIA's; nothing but the tests puts another in its place."""
+    write_pipeline(tmp_path, "cosmos")
     module = third_party.library("diffusers.pipelines.cosmos.pipeline_cosmos2_text2image")
-    assert module.CosmosSafetyChecker.__module__ == "tests.families.cases.cosmos"
+
+    def missing() -> None:
+        raise ImportError("`cosmos_guardrail` is not installed.")
+
+    monkeypatch.setattr(module, "CosmosSafetyChecker", missing)
+    with pytest.raises(Unavailable, match=r"needs a package.*`cosmos_guardrail` is not installed"):
+        load_pipeline(tmp_path)

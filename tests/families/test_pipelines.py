@@ -91,7 +91,9 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
     picture = case.drive(pipeline, options)
 
     del net.forward
-    text = family.collate(family.encode_prompt(pipeline, [case.call.get("prompt", PROMPT)], case.length))
+    text = family.collate(
+        family.encode_prompt(pipeline, [case.call.get("prompt", PROMPT)], case.length)
+    )
     z_t, time, _, raw = calls[1]
     alone = case.decoded(vae, case.raw_latent(vae, image)).clamp(-1, 1)
     taus = torch.stack([tau for _, _, tau, _ in calls]).flatten()
@@ -197,7 +199,7 @@ def _last_state(name: str, net: Any, noise: Tensor, levels: Tensor) -> Tensor:
     case, states = case_of(name), []
     pipeline = tiny_pipeline(name, transformer=net)
     times = case.timesteps and case.timesteps(levels, noise.shape[1])
-    pipeline.scheduler = scheduler_with(case.sigmas(levels), states, times)
+    pipeline.scheduler = scheduler_with(case, levels, states, times)
     # modular pipelines decode whatever they are asked for, to no use
     pipeline.vae.decode = lambda z, return_dict: (torch.zeros(1, 3, 8, 8),)
     if hasattr(pipeline.vae, "bn"):
@@ -212,11 +214,14 @@ def _last_state(name: str, net: Any, noise: Tensor, levels: Tensor) -> Tensor:
     return image_to_tokens(case.read_state(states[-1]), case.sizes.patch)
 
 
-def scheduler_with(levels: Tensor, states: list[Tensor], times: Tensor | None = None) -> Any:
+def scheduler_with(
+    case: Case, levels: Tensor, states: list[Tensor], times: Tensor | None = None
+) -> Any:
     """Euler over these levels, whatever the pipeline asks for; what it makes is kept."""
-    called = None if times is None else times.tolist()
+    called, levels = None if times is None else times.tolist(), case.sigmas(levels)
+    settings = {"invert_sigmas": True, "num_train_timesteps": 1} if case.inverted else {}
     # Of the class itself: some pipelines treat a subclass of it as a scheduler of another kind.
-    scheduler = third_party.library("diffusers").FlowMatchEulerDiscreteScheduler()
+    scheduler = third_party.library("diffusers").FlowMatchEulerDiscreteScheduler(**settings)
     own_set, own_step = scheduler.set_timesteps, scheduler.step
 
     def set_timesteps(
@@ -230,5 +235,5 @@ def scheduler_with(levels: Tensor, states: list[Tensor], times: Tensor | None = 
         return made
 
     scheduler.set_timesteps, scheduler.step = set_timesteps, step
-    return scheduler
     scheduler.register_to_config(sigma_max=float(levels[0]), sigma_data=1.0)  # Cosmos reads them
+    return scheduler
