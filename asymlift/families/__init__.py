@@ -18,6 +18,7 @@ from asymlift.families.flux2 import FLUX2
 from asymlift.families.flux3 import FLUX3
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
 from asymlift.families.kandinsky5 import KANDINSKY5
+from asymlift.families.krea2 import KREA2
 from asymlift.families.longcat import LONGCAT
 from asymlift.families.lumina2 import LUMINA2
 from asymlift.families.ovis import OVIS
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         FLUX3,
         HUNYUANIMAGE,
         KANDINSKY5,
+        KREA2,
         LONGCAT,
         LUMINA2,
         OVIS,

@@ -40,7 +40,8 @@ def load_transformer(
     """Return the family's stock class with the weights of FOLDER/transformer, in eval mode.
 
     Each tensor keeps the dtype it is stored in, unless one is asked for: a lifted checkpoint has
-    float32 maps around a bf16 trunk. The weights are mapped from the files, not copied.
+    float32 maps around a bf16 trunk. What the class keeps in float32 is that in any case. The
+    weights are mapped from the files, not copied.
     """
     folder = _existing_folder(Path(folder)) / "transformer"
     config = read_json(_existing_folder(folder) / "config.json")
@@ -58,7 +59,19 @@ def load_transformer(
         net.load_state_dict(_read_tensors(path, header.tensors, dtype), strict=False, assign=True)
     if isinstance(dtype, torch.dtype):
         net.to(dtype)
+    keep_float32(net)
     return net.eval()
+
+
+def keep_float32(net: nn.Module) -> None:
+    """Give what the class names for it float32, as diffusers' loader does: sums of 1 and a scale.
+
+    Only halves are changed, so float64 stays.
+    """
+    kept = set(getattr(net, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in net.named_parameters():
+        if kept & set(name.split(".")) and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def weightless_transformer(
@@ -75,6 +88,7 @@ def weightless_transformer(
         net = _built(family, config, origin)
     for name, parameter in net.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name))
+    keep_float32(net)
     return net.eval()
 
 

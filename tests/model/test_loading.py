@@ -21,6 +21,7 @@ from asymlift.model.loading import (
     _Float32Conv2d,
     _map_patches,
     embed_prompts,
+    keep_float32,
     load_pipeline,
     load_pipeline_parts,
     load_transformer,
@@ -83,6 +84,7 @@ def test_a_saved_transformer_comes_back_bit_for_bit(name, shard, tmp_path):
 def test_each_tensor_keeps_its_stored_dtype(name, tmp_path):
     """A lifted checkpoint: float32 maps around a bf16 trunk."""
     family, net = FAMILIES[name], tiny_transformer(name).to(torch.bfloat16)
+    keep_float32(net)
     for path in (family.first, family.last):
         net.get_submodule(path).float()
     net.save_pretrained(tmp_path / "transformer")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from asymlift.families import FAMILIES
 from asymlift.families.base import trained_in_full
 from asymlift.model.checkpointing import checkpoint_blocks
+from asymlift.model.loading import keep_float32
 from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.reference import Twin, as_reference
 from asymlift.model.trainable import Adapters, train_parts
@@ -28,6 +29,7 @@ def prepared(
     family, net = FAMILIES[name], pair.pixel.net
     if precision is not None:  # as converted: only the maps are stored in float32
         net.to(precision)
+        keep_float32(net)
         for path in (family.first, family.last):
             net.get_submodule(path).float()
     before = velocity(pair).detach()
