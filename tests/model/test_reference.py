@@ -27,7 +27,7 @@ def prepared(
     """A converted model made trainable as a run does it, and what it computed before that."""
     pair = lifted_pair(name, dtype=torch.float32, precision=precision)
     family, net = FAMILIES[name], pair.pixel.net
-    if precision is not None:  # as converted: only the maps are stored in float32
+    if precision is not None:  # as converted and loaded: the maps are float32
         net.to(precision)
         keep_float32(net)
         for path in (family.first, family.last):
