@@ -52,7 +52,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
         timestep=time,
         img_ids=grid_ids(h, w, device=latent.device),
         txt_ids=torch.zeros(states.shape[1], 3, device=latent.device),
-        joint_attention_kwargs={} if written.all() else {"attention_mask": mask},
+        joint_attention_kwargs={"attention_mask": mask},
         return_dict=False,
     )[0]
     return tokens_to_image(out, PATCH, (h, w))

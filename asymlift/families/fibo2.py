@@ -3,7 +3,8 @@
 It reads six bundles of the text encoder's layers. Prompts are JSON captions (or short descriptions)
 and are cleaned as the pipeline's call cleans them; the empty prompt is the caption with every value
 empty that it was trained with for guidance. Texts that a caption asks for are not also drawn for
-the text encoder: in the pipeline's words, `render_text_images=False`.
+the text encoder: in the pipeline's words, `render_text_images=False`. The length of a prompt decides
+how many tokens the model makes of it: samples run one after the other, as many passes on every rank.
 B images, L text tokens (differing), K bundles, C channels, q the latent patch.
 """
 
@@ -26,7 +27,7 @@ from asymlift.families.base import (
     setting,
     vae_factor,
 )
-from asymlift.families.text import padded_text, tokenizer_length
+from asymlift.families.text import ragged_text, tokenizer_length
 
 LENGTH = 4096  # words of the longest prompt
 
@@ -39,17 +40,17 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    bundles, mask = text["encoder_hidden_states"], text["encoder_attention_mask"]
-    assert isinstance(bundles, Tensor) and isinstance(mask, Tensor)
-    out: Tensor = net(
-        hidden_states=latent,
-        timestep=time,
-        encoder_hidden_states=bundles.transpose(1, 2),  # (B, K, L, width)
-        encoder_attention_mask=None if mask.all() else mask,
-        return_dict=False,
-    )[0]
-    return out
+    """One forward pass per sample. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
+    out = [
+        net(
+            hidden_states=one[None],
+            timestep=t[None],
+            encoder_hidden_states=bundles.transpose(0, 1)[None],  # (1, K, L, width)
+            return_dict=False,
+        )[0]
+        for one, t, bundles in zip(latent, time, text["encoder_hidden_states"], strict=True)
+    ]
+    return torch.cat(out)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ FIBO2 = Family(
     encode_latents=encode_latents,
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
-    collate=padded_text("encoder_hidden_states", "encoder_attention_mask"),
+    collate=ragged_text,
     text_shapes=text_shapes,
     base_shift=base_shift,
     lora_targets=(

@@ -42,11 +42,11 @@ def stack_text(samples: Sequence[Sample]) -> Text:
 
 
 def ragged_text(samples: Sequence[Sample]) -> Text:
-    """Keep each (L, width) tensor as it is, since lengths differ; widths must not."""
+    """Keep each (L, ..., width) tensor as it is, since lengths differ; nothing else must."""
     columns = _columns(samples)
     for key, tensors in columns.items():
         for i, tensor in enumerate(tensors):
-            if tensor.ndim != 2 or tensor.shape[1] != tensors[0].shape[1]:
+            if tensor.ndim < 2 or tensor.shape[1:] != tensors[0].shape[1:]:
                 raise BadData(
                     f"text embeddings do not match: `{key}` is {tuple(tensors[0].shape)} in "
                     f"sample 0 and {tuple(tensor.shape)} in sample {i}; "

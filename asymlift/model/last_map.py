@@ -4,7 +4,7 @@ The flow loss is quadratic in the predicted image, and that is affine in what th
 one forward pass tells every sample's gradient, for any target, and no weights are gathered.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,10 @@ from asymlift.model.pixel_flow import PixelFlow
 
 @contextmanager
 def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
-    """Inside, what the last map reads is kept: one tensor (B, at least N, F) per forward pass."""
+    """Inside, what the last map reads is kept: a tensor (b, at least N, F) each time it is called.
+
+    A family may run its samples one after the other; together they are the B of the batch.
+    """
     seen: list[Tensor] = []
     if not wanted:
         yield seen
@@ -35,6 +38,7 @@ def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
 
 def rows_of_picture(flow: PixelFlow, read: Tensor, num_tokens: int) -> Tensor:
     """(B, N, F) of what the last map reads: one row per token of the picture."""
+    read = flow.family.last_reads(read)
     if read.ndim != 3 or read.shape[1] < num_tokens:
         raise BadRecipe(
             f"finetune.variance_every: `{flow.family.last}` of {flow.family.name} reads "
@@ -45,7 +49,7 @@ def rows_of_picture(flow: PixelFlow, read: Tensor, num_tokens: int) -> Tensor:
 
 def gradient_sums(
     flow: PixelFlow,
-    read: Tensor,
+    read: Sequence[Tensor],
     x_t: Tensor,
     x0_hat: Tensor,
     sigma: Tensor,
@@ -68,5 +72,5 @@ def gradient_sums(
     level = sigma.view(-1, 1, 1)
     u = recover_velocity(said, x_t, flow.A, flow.s, level, floor=floor)
     (by_output,) = torch.autograd.grad(clean_from_velocity(x_t, u, sigma), said, by_image)
-    rows = rows_of_picture(flow, read, x_t.shape[1])
+    rows = torch.cat([rows_of_picture(flow, some, x_t.shape[1]) for some in read])
     return last_map_gradients(rows.to(by_output.dtype), by_output, good)

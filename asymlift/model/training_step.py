@@ -132,7 +132,7 @@ class TrainingStep(nn.Module):
         values, count = sums_by_level(loss.detach(), good, sigma, NUM_LEVELS)
         sums |= {"loss_by_sigma": values, "num_by_sigma": count}
         if batch.measures:
-            sums |= self.variance_sums(batch, read[0], x_t, x0_hat, sigma, target, good)
+            sums |= self.variance_sums(batch, read, x_t, x0_hat, sigma, target, good)
         return (loss * good).sum(), sums
 
     def chosen(self, batch: Batch) -> tuple[list[int], list[int]]:
@@ -237,7 +237,7 @@ class TrainingStep(nn.Module):
     def variance_sums(
         self,
         batch: Batch,
-        read: Tensor,
+        read: list[Tensor],
         x_t: Tensor,
         x0_hat: Tensor,
         sigma: Tensor,
