@@ -94,6 +94,7 @@ class Family:
     lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for anything
     checkpoints: tuple[str, ...]  # published ones, as the hub names them
     tier: Literal["free", "easy"]  # easy: there is a quirk, which the module's docstring tells
+    last_reads: Callable[[Tensor], Tensor] = lambda read: read  # by `last` -> (b, at least N, F)
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels

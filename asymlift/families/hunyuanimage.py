@@ -5,7 +5,8 @@ the network's own dtype.
 B images, L text tokens (differing), G letters to draw (often none), C channels, q the latent patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from asymlift.families.text import Sample, padded_text
 
 LENGTH, GLYPHS = 1000, 128  # words, and letters to draw, of the longest prompt
 WORDS = "encoder_hidden_states"
+TEXT = (WORDS, "encoder_attention_mask", f"{WORDS}_2", "encoder_attention_mask_2")
 
 
 def geometry(transformer: Config, vae: Config) -> Geometry:
@@ -35,6 +37,8 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
             "hunyuanimage: this is the distilled model, which is told two times and leaps from "
             "one to the other; only the base model's velocity can be lifted"
         )
+    if setting(transformer, "text_embed_2_dim") is None:
+        raise BadData("hunyuanimage: this model reads no letters to draw; take HunyuanImage 2.1")
     q = setting(transformer, "patch_size")[0]
     sizes = Geometry(setting(vae, "spatial_compression_ratio"), setting(vae, "latent_channels"), q)
     return check_channels(sizes, setting(transformer, "in_channels"), "hunyuanimage")
@@ -42,15 +46,43 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    if net.context_embedder_2 is not None:  # its norm takes its own type alone
-        own = net.context_embedder_2.norm.weight.dtype
-        glyphs = text[f"{WORDS}_2"]
-        assert isinstance(glyphs, Tensor)
-        text = {**text, f"{WORDS}_2": glyphs.to(own)}
-    out: Tensor = net(
-        hidden_states=latent, timestep=time.to(latent.dtype), return_dict=False, **text
-    )[0]
+    words, mask, glyphs, drawn = (text[key] for key in TEXT)
+    assert isinstance(words, Tensor) and isinstance(glyphs, Tensor)
+    assert isinstance(mask, Tensor) and isinstance(drawn, Tensor)
+    with _glyphs_after_words(net, glyphs, words.shape[1]):
+        out: Tensor = net(
+            hidden_states=latent,
+            timestep=time.to(latent.dtype),
+            encoder_hidden_states=words,
+            encoder_attention_mask=torch.cat([mask, drawn], dim=1),
+            return_dict=False,
+        )[0]
     return out
+
+
+@contextmanager
+def _glyphs_after_words(net: Any, glyphs: Tensor, num_words: int) -> Iterator[None]:
+    """Inside, embedded words are followed by embedded glyphs, however many of both are padding.
+
+    The class itself sorts padding to the end, sample by sample: a GPU has to be asked how much
+    there is, and shapes that only data tell cannot be planned. Attention knows no places of text.
+    """
+
+    def words_alone(module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        words, time, mask = given
+        return words, time, mask[:, :num_words]
+
+    def and_glyphs(module: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        own = net.context_embedder_2.norm.weight.dtype  # its norm takes no other
+        return torch.cat([out, net.context_embedder_2(glyphs.to(own))], dim=1)
+
+    embed = net.context_embedder
+    hooks = [embed.register_forward_pre_hook(words_alone), embed.register_forward_hook(and_glyphs)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

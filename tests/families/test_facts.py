@@ -84,6 +84,8 @@ def test_patches_that_a_family_cannot_cut_are_refused():
 def test_a_distilled_hunyuanimage_is_refused():
     with pytest.raises(BadData, match="only the base model's velocity can be lifted"):
         FAMILIES["hunyuanimage"].geometry({"use_meanflow": True}, {})
+    with pytest.raises(BadData, match="reads no letters to draw"):  # its refiner
+        FAMILIES["hunyuanimage"].geometry({"text_embed_2_dim": None}, {})
 
 
 def test_a_kandinsky5_of_films_is_refused():
