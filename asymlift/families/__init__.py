@@ -21,6 +21,7 @@ from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.krea2 import KREA2
 from asymlift.families.longcat import LONGCAT
 from asymlift.families.lumina2 import LUMINA2
+from asymlift.families.nucleus import NUCLEUS
 from asymlift.families.ovis import OVIS
 from asymlift.families.omnigen import OMNIGEN
 from asymlift.families.qwenimage import QWENIMAGE
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
         KREA2,
         LONGCAT,
         LUMINA2,
+        NUCLEUS,
         OVIS,
         QWENIMAGE,
         OMNIGEN,

@@ -22,18 +22,19 @@ def widened(net: Any) -> Any:
     return net
 
 
-def byte_tokenizer() -> Any:
-    """Qwen's tokenizer, a token for each byte."""
+def byte_tokenizer(*more: str) -> Any:
+    """Qwen's tokenizer, a token for each byte; `more` are further special ones."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {piece: i for i, piece in enumerate(marks + sorted(ByteLevel.alphabet()))}
+    pieces = [*marks, *sorted(ByteLevel.alphabet()), *more]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = third_party.library("transformers").Qwen2TokenizerFast(
         vocab=vocabulary,
         merges=[],
         pad_token=marks[0],
         eos_token=marks[2],
-        additional_special_tokens=marks[1:2],
+        additional_special_tokens=[marks[1], *more],
     )
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -191,10 +192,10 @@ def smollm3(hidden: int, layers: int) -> Any:
 
 
 def qwen3_vl(
-    hidden: int, layers: int, head: str = "Qwen3VLForConditionalGeneration"
+    hidden: int, layers: int, head: str = "Qwen3VLForConditionalGeneration", *more: str
 ) -> dict[str, Any]:
-    """Qwen3-VL, whose eye is as small as it goes, and its processor."""
-    transformers, tokenizer = third_party.library("transformers"), byte_tokenizer()
+    """Qwen3-VL, whose eye is as small as it goes, and its processor; `more` tokens than usual."""
+    transformers, tokenizer = third_party.library("transformers"), byte_tokenizer(*more)
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
@@ -223,6 +224,14 @@ def qwen3_vl(
     )
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=eye)
     return {"text_encoder": random_model(head, config), "processor": processor}
+
+
+def talking_qwen3_vl(hidden: int, layers: int) -> dict[str, Any]:
+    """Qwen3-VL whose processor is asked to write chats, and counts pictures in them."""
+    head, sights = "Qwen3VLForConditionalGeneration", ("<|image_pad|>", "<|video_pad|>")
+    parts = qwen3_vl(hidden, layers, head, *sights)
+    parts["processor"].chat_template = parts["processor"].tokenizer.chat_template
+    return parts
 
 
 def gemma2(hidden: int, layers: int) -> dict[str, Any]:
