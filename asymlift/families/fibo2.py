@@ -3,8 +3,8 @@
 It reads six bundles of the text encoder's layers. Prompts are JSON captions (or short descriptions)
 and are cleaned as the pipeline's call cleans them; the empty prompt is the caption with every value
 empty that it was trained with for guidance. Texts that a caption asks for are not also drawn for
-the text encoder: in the pipeline's words, `render_text_images=False`. The length of a prompt decides
-how many tokens the model makes of it: samples run one after the other, as many passes on every rank.
+the text encoder: in the pipeline's words, `render_text_images=False`. A prompt's length decides how
+many tokens the model makes of it: samples run one after the other, as many passes on every rank.
 B images, L text tokens (differing), K bundles, C channels, q the latent patch.
 """
 
