@@ -20,6 +20,10 @@ from asymlift.runtime import third_party
 from tests.families.case import case_of, seeded
 
 GRID = (4, 6)  # tokens of a picture of 32 x 48 pixels
+# One family of each kind, for what does not depend on more: packed tokens without and with a mask,
+# a map read by a convolution, lists of unlike lengths.
+KINDS = ("flux2", "qwenimage", "sd3", "zimage")
+
 
 # -- the parts of a checkpoint
 

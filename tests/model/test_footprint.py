@@ -15,7 +15,7 @@ from asymlift.model.like_cuda import LikeCuda
 from asymlift.model.trainable import Adapters, train_parts
 from asymlift.model.training_step import Batch, LossConstants, TrainingStep
 from tests.families.case import case_of
-from tests.tiny import lifted_pair, tiny_text
+from tests.tiny import KINDS, lifted_pair, tiny_text
 
 MIB = 2**20
 
@@ -87,7 +87,7 @@ def footprint(name, device="cpu", **how):
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [*((name, False) for name in FAMILIES), ("flux2", True)],
+    [*((name, False) for name in KINDS), ("flux2", True)],
 )
 def test_fake_tensors_take_what_real_ones_take(name, checkpointing):
     """To the byte: what is kept, both passes, and the highest before every gradient."""

@@ -13,7 +13,7 @@ from asymlift.maths.asymmetric import project
 from asymlift.maths.schedule import sigma_from_tau
 from asymlift.model.checkpointing import checkpoint_blocks
 from asymlift.model.loading import float32_maps
-from tests.tiny import Pair, lifted_pair, tiny_text, tiny_transformer
+from tests.tiny import KINDS, Pair, lifted_pair, tiny_text, tiny_transformer
 
 SIGMA = torch.tensor([0.1, 0.9])
 
@@ -43,7 +43,7 @@ def test_bf16_autocast_does_not_leak_into_the_complement(name):
     assert leak(pair) < 1e-6
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_without_the_float32_last_map_it_does(name):
     pair = lifted_pair(name, dtype=torch.float32, precision=torch.bfloat16)
     pair.pixel.net.get_submodule(FAMILIES[name].last).__class__ = nn.Linear
@@ -72,7 +72,7 @@ def test_the_trunk_really_runs_in_bf16(name):
     assert 1e-4 < error < 0.1  # bf16 has 8 bits
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_mixed_checkpoint_runs_under_autocast(name):
     """As training loads it: bf16 trunk, float32 maps, float32 or bf16 embeddings."""
     pair = lifted_pair(name, dtype=torch.float32, precision=torch.bfloat16)
@@ -90,7 +90,7 @@ def test_a_mixed_checkpoint_runs_under_autocast(name):
     assert net.get_submodule(family.last).weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_float32_maps_change_two_modules_and_no_name(name):
     family = FAMILIES[name]
     net = tiny_transformer(name)
@@ -115,7 +115,7 @@ def test_float32_maps_reach_a_wrapped_module():
     assert "loading" in type(net.proj_out[0]).__module__
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_float64_stays_float64(name):
     pair = lifted_pair(name)
     text = tiny_text(name, 2, dtype=torch.float32)  # cast to what the network computes in
@@ -124,7 +124,7 @@ def test_float64_stays_float64(name):
     assert u.dtype == v.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_bf16_network_without_autocast_gets_bf16(name):
     pair = lifted_pair(name, dtype=torch.float32)
     pair.pixel.net.to(torch.bfloat16)

@@ -15,7 +15,7 @@ from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.reference import Twin, as_reference
 from asymlift.model.trainable import Adapters, train_parts
 from asymlift.runtime.parameters import Trainable
-from tests.tiny import Pair, lifted_pair
+from tests.tiny import KINDS, Pair, lifted_pair
 
 SIGMA = torch.tensor([0.2, 0.9])
 ROLES = ["first", "last", "final_norm"]
@@ -73,7 +73,7 @@ def only_the_adapters_off(net: nn.Module):
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_after_training_the_reference_computes_what_the_converted_model_computed(name, precision):
     pair, trainable, converted = prepared(name, precision=precision)
     train(pair, trainable)
@@ -85,7 +85,7 @@ def test_after_training_the_reference_computes_what_the_converted_model_computed
     assert not torch.allclose(velocity(pair), converted, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_with_only_the_adapters_off_the_reference_drifts(name):
     """The test above sees a missing twin: of all of them, and of each of them."""
     pair, trainable, converted = prepared(name)
@@ -109,7 +109,7 @@ def test_a_net_without_twins_drifts():
     assert not drifted.requires_grad  # even where trained weights computed it
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_afterwards_everything_trains_as_before(name):
     pair, trainable, _ = prepared(name)
     net = pair.pixel.net
@@ -131,7 +131,7 @@ def test_afterwards_everything_trains_as_before(name):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_students_gradient_does_not_notice_the_reference(name, checkpointing):
     """Before its forward, and between its forward and its backward."""
 

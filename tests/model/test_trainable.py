@@ -17,7 +17,7 @@ from asymlift.model.trainable import (
     train_parts,
 )
 from tests.families.case import case_of
-from tests.tiny import lifted_pair, tiny_transformer
+from tests.tiny import KINDS, lifted_pair, tiny_transformer
 
 ROLES = ["first", "last", "final_norm"]
 
@@ -45,7 +45,7 @@ def as_published(net, name, *, keep_originals=True, seed=0):
 
 
 @pytest.mark.parametrize("keep_originals", [True, False])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_exactly_the_named_parts_train_under_the_names_of_the_plain_state_dict(
     name, keep_originals
 ):
@@ -78,7 +78,7 @@ def test_exactly_the_named_parts_train_under_the_names_of_the_plain_state_dict(
     assert sum(isinstance(m, Twin) for m in net.modules()) == (len(whole) if keep_originals else 0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_what_trains_is_float32_and_everything_else_keeps_its_dtype(name):
     net = tiny_transformer(name).to(torch.bfloat16)
     frozen_float32 = next(path for path, _ in net.named_parameters() if "norm" in path)
@@ -101,7 +101,7 @@ def test_what_trains_is_float32_and_everything_else_keeps_its_dtype(name):
     assert frozen_float32 in seen
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_nothing_has_changed_before_the_first_step(name):
     pair = lifted_pair(name, dtype=torch.float32)
     g = torch.Generator().manual_seed(0)
@@ -264,7 +264,7 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(adapters, modules,
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_everything_trains_in_float32_under_its_own_name(name):
     net = tiny_transformer(name).to(torch.bfloat16)
     net.requires_grad_(False)
@@ -279,7 +279,7 @@ def test_everything_trains_in_float32_under_its_own_name(name):
     assert trainable.adapted == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_muon_is_for_the_matrices_of_blocks_that_train_in_full(name):
     """Not for the first and the last map, embedders, norms, biases and LoRA's factors."""
     family, net = FAMILIES[name], tiny_transformer(name)

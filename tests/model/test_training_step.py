@@ -22,7 +22,7 @@ from asymlift.model.trainable import Adapters, train_parts
 from asymlift.model.training_step import Batch, LossConstants, TrainingStep
 from asymlift.runtime.parameters import Trainable
 from tests.families.case import case_of
-from tests.tiny import lifted_pair, tiny_text
+from tests.tiny import KINDS, lifted_pair, tiny_text
 
 GRID = (2, 3)  # or a square, where a family draws no others
 PUBLISHED = LossConstants(
@@ -219,7 +219,7 @@ def test_the_example_exercises_every_clamp(monkeypatch):
     assert float(world.batch.sigma.min()) < PUBLISHED.sigma_clamp
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_in_every_family_the_shared_reference_is_the_copied_one(name):
     world = World(name)
     shared, _ = world.step()(world.batch)
@@ -396,7 +396,7 @@ def test_as_published_only_empty_slots_and_exact_zeros_are_left_out(measure):
     assert sums["num_compared"] == 4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_what_is_left_out_changes_nothing_for_what_is_kept(name):
     """Losses of the kept samples and every gradient, against one sample at a time."""
     whole = World(name, sigmas=LEVELS)

@@ -15,13 +15,16 @@ from asymlift.stages.finetune.data import check_sample
 from asymlift.stages.open_data import fit_of
 from asymlift.stages.verbs import family_of
 from tests.stages.prepare.small_prepare import make_folder, run, values_for
-from tests.tiny import write_pipeline
+from tests.tiny import KINDS, write_pipeline
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float8": 2**-4}
 
 
-@pytest.mark.parametrize("store", TOLERANCE)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [(name, "float32") for name in FAMILIES]
+    + [(name, store) for name in KINDS for store in ("bfloat16", "float8")],
+)
 @torch.no_grad()
 def test_any_family_trains_on_what_its_own_folder_prepared(name, store, tmp_path):
     base = write_pipeline(tmp_path / "model", name)

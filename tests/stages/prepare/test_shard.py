@@ -13,7 +13,7 @@ from asymlift.families import FAMILIES
 from asymlift.recipe import PrepareSection
 from asymlift.stages.prepare.shard import CHUNK, ShardMaker, TextCache
 from tests.stages.prepare.small_prepare import draw, encoded, image_in, make_folder
-from tests.tiny import tiny_pipeline, tiny_vae
+from tests.tiny import KINDS, tiny_pipeline, tiny_vae
 
 
 class Encoders:
@@ -82,7 +82,7 @@ def test_a_caption_is_encoded_once_and_always_in_a_batch_of_one_size(tmp_path):
     assert len(asked) == len([p for batch in encoders.prompts for p in batch if p])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_bits_of_an_embedding_do_not_depend_on_its_company(name):
     """What is asked for together depends on the cache; the shape never does."""
     pipeline, prompts = tiny_pipeline(name), ["a bee", "a", "many words here", "x y z"]
@@ -98,7 +98,7 @@ def test_the_bits_of_an_embedding_do_not_depend_on_its_company(name):
             assert all(torch.equal(found[key], alone[prompt][key]) for key in found)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_latents_are_the_familys_whatever_is_encoded_with_them(name, tmp_path):
     """Of the real VAE classes; a batch that is not full differs by rounding at most."""
