@@ -6,14 +6,14 @@ to it is gone, so what autograd saves, what is temporary and every peak are in i
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd import Variable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -24,6 +24,12 @@ from asymlift.model.perceptual import Perceptual
 from asymlift.model.pixel_flow import PixelFlow
 from asymlift.model.training_step import Batch, TrainingStep
 
+INDEXED = {
+    torch.ops.aten.index,
+    torch.ops.aten.index_put,
+    torch.ops.aten.index_put_,
+    torch.ops.aten._index_put_impl_,
+}
 BLOCK = {"cuda": 512, "cpu": 64}  # bytes that allocations are rounded up to
 
 
@@ -39,6 +45,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        given = (value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor))
+        self.ignore(tensor for tensor in given if tensor.device.type != "meta")
         made = func(*args, **(kwargs or {}))
         for one in tree_iter(made):
             if isinstance(one, Tensor):
@@ -61,9 +69,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sizes[key] = size, weakref.ref(storage, lambda _: self.forget(key))
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave out what exists already."""
+        """Leave out what was there before: parameters, and tables that a class keeps."""
         for tensor in tensors:
-            self.remember(tensor.untyped_storage(), 0)
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.remember(storage, 0)
 
     def forget(self, key: int) -> None:
         self.live -= self.sizes.pop(key)[0]
@@ -72,6 +82,37 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The peak so far; a new one begins at what is alive now."""
         peak, self.peak = self.peak, self.live
         return peak
+
+
+class KeepReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Among fake tensors, what follows from real ones alone stays real: masks, positions, tables.
+
+    Shapes may depend on them: pictures behind differing numbers of words, say.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if not given:  # only whole numbers are worth making
+            made = func(*args, **kwargs)
+            if not isinstance(made, FakeTensor) or made.is_floating_point() or made.is_complex():
+                return made
+        elif any(isinstance(tensor, FakeTensor) for tensor in given):
+            if func.overloadpacket in INDEXED:
+                args = (args[0], [p for index in args[1] for p in as_places(index)], *args[2:])
+            return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+
+def as_places(index: Tensor | None) -> Sequence[Tensor | None]:
+    """Where a real mask is true: how many places there are, a fake tensor could not tell."""
+    if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +149,7 @@ def measure_step(
     step.chosen = lambda batch: (everyone, everyone)  # type: ignore[method-assign]
     with ExitStack() as inside:
         inside.enter_context(mode)
+        inside.enter_context(KeepReal())  # type: ignore[no-untyped-call]
         inside.enter_context(LikeCuda(device))
         inside.enter_context(watch.bytes)
         batch = make_batch()
@@ -133,7 +175,8 @@ def measure_sampling(
     """The highest of one evaluation of the velocity without gradients, weights aside."""
     live = LiveBytes(device)
     live.ignore([*flow.parameters(), *flow.buffers()])
-    with mode, LikeCuda(device), live, torch.no_grad():
+    keep_real = KeepReal()  # type: ignore[no-untyped-call]
+    with mode, keep_real, LikeCuda(device), live, torch.no_grad():
         batch = make_batch()
         flow(batch.x0, batch.sigma, batch.text, batch.grid, floor=1.0)
     return live.peak

@@ -5,12 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
 from asymlift.families import FAMILIES
 from asymlift.model.checkpointing import checkpoint_blocks
-from asymlift.model.footprint import LiveBytes, make_fake, measure_step
+from asymlift.model.footprint import KeepReal, LiveBytes, make_fake, measure_step
 from asymlift.model.like_cuda import LikeCuda
 from asymlift.model.trainable import Adapters, train_parts
 from asymlift.model.training_step import Batch, LossConstants, TrainingStep
@@ -95,6 +95,19 @@ def test_fake_tensors_take_what_real_ones_take(name, checkpointing):
     fake = footprint(name, checkpointing=checkpointing, real=False)
     assert fake == real
     assert fake.curve[-1].gradients > 0
+
+
+def test_among_fake_tensors_masks_and_tables_stay_real():
+    """A picture may stand behind as many words as a mask says; a table was there before."""
+    table, words = torch.arange(5.0), torch.ones(3, dtype=torch.bool)
+    with FakeTensorMode(allow_non_fake_inputs=True), KeepReal(), LiveBytes() as live:
+        rows = table[1:]
+        mask = torch.cat([words, torch.zeros(2, dtype=torch.bool)])
+        count = int(mask.sum())
+        assert (count, rows.tolist(), live.live) == (3, [1, 2, 3, 4], 64)
+        for index, shape in ((mask, (count, 7)), (mask.expand(2, 5), (2 * count,))):
+            kept = torch.zeros(*((5, 7) if index.ndim == 1 else (2, 5)))[index]
+            assert isinstance(kept, FakeTensor) and kept.shape == shape
 
 
 def test_checkpointing_keeps_less():
