@@ -39,7 +39,6 @@ def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
 def rows_of_picture(flow: PixelFlow, read: Tensor, num_tokens: int) -> Tensor:
     """(B, N, F) of what the last map reads: one row per token of the picture."""
     read = flow.family.last_reads(read)
-    read = flow.family.last_reads(read)
     if read.ndim != 3 or read.shape[1] < num_tokens:
         raise BadRecipe(
             f"finetune.variance_every: `{flow.family.last}` of {flow.family.name} reads "
