@@ -15,24 +15,15 @@ from asymlift.families.base import (
     Family,
     Geometry,
     Text,
-    check_channels,
     interpolated_shift,
     setting,
-    vae_factor,
 )
-from asymlift.families.packing import grid_ids
+from asymlift.families.packing import PATCH, grid_ids, packed_geometry
 from asymlift.families.text import stack_text
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
-PATCH = 2  # the pipelines pack 2 x 2 latent cells into a token, whatever the config says
 DISTILLED_GUIDANCE = 3.5  # the pipeline's default for dev, which is told its guidance scale
 LENGTH = 512  # words that the pipeline pads a prompt to
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels") // PATCH**2, "flux1")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -84,7 +75,7 @@ FLUX1 = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=geometry,
+    geometry=packed_geometry("flux1"),
     channels=lambda c: {"in_channels": PATCH**2 * c, "out_channels": None},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
