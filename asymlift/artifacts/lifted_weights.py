@@ -155,6 +155,8 @@ def _first_shape(shape: tuple[int, ...], geometry: Geometry) -> tuple[int, ...] 
     extra = shape[1] - (geometry.channels if len(shape) == 4 else geometry.d)
     if len(shape) == 4 and shape[2:] == (q, q) and extra >= 0:
         return (shape[0], geometry.pixel_channels + extra, q, q)
+    if len(shape) == 4 and shape[1:] == (geometry.d, 1, 1):  # of patches that are packed
+        return (shape[0], geometry.D, 1, 1)
     if len(shape) == 2 and extra >= 0 and extra % q**2 == 0:
         return (shape[0], geometry.D + extra)
     return None
