@@ -25,6 +25,7 @@ from asymlift.families.nucleus import NUCLEUS
 from asymlift.families.ovis import OVIS
 from asymlift.families.omnigen import OMNIGEN
 from asymlift.families.qwenimage import QWENIMAGE
+from asymlift.families.qwenimage21 import QWENIMAGE21
 from asymlift.families.sana import SANA
 from asymlift.families.sd3 import SD3
 from asymlift.families.sit import SIT
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
         OVIS,
         QWENIMAGE,
         OMNIGEN,
+        QWENIMAGE21,
         SANA,
         SD3,
         SIT,

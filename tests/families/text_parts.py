@@ -230,7 +230,10 @@ def talking_qwen3_vl(hidden: int, layers: int) -> dict[str, Any]:
     """Qwen3-VL whose processor is asked to write chats, and counts pictures in them."""
     head, sights = "Qwen3VLForConditionalGeneration", ("<|image_pad|>", "<|video_pad|>")
     parts = qwen3_vl(hidden, layers, head, *sights)
-    parts["processor"].chat_template = parts["processor"].tokenizer.chat_template
+    parts["processor"].chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}"
+        "{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}<|im_end|>\n{% endfor %}"
+    )
     return parts
 
 

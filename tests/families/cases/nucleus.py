@@ -16,7 +16,6 @@ from tests.families.case import (
 )
 from tests.families.text_parts import talking_qwen3_vl
 
-
 CASE = Case(
     transformer={
         "in_channels": 4 * CHANNELS,
