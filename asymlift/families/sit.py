@@ -115,6 +115,10 @@ SIT = Family(
     checkpoints=(),  # its authors' are no diffusers folders, others' are of classes of their own
     tier="easy",
     has_text_encoder=False,
+    only_squares=True,
+    prompts=("", "0"),
+    example="0",
+    square=True,
     sizes=Geometry(vae_factor=8, channels=4, patch=2),
     unproven={"sampling": "DiTPipeline draws its noise itself, and decodes whatever it has made"},
 )

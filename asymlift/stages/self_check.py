@@ -30,7 +30,6 @@ Conditioning = Callable[[], Text]  # for a batch of BATCH
 MAPS_TOLERANCE = 2e-6  # float32 rounding of the maps and of A; measured 3e-8 to 2e-7
 COUPLING_TOLERANCE = 1e-4  # float32 through a whole network and all steps (method, section 4)
 BATCH = 2
-PROMPTS = ["", "a red lighthouse"]
 GRID = (4, 6)  # not square, so that a transposed grid shows
 STEPS = 8
 FLOOR = 1e-6  # below every sigma of the grid, so that it changes nothing
@@ -144,7 +143,8 @@ def check_coupling(
     )
     text = text_to(conditioning() if conditioning else _encode(base, family, text_length), device)
     A, g = A.to(device), torch.Generator().manual_seed(0)
-    noise = torch.randn(BATCH, math.prod(GRID), geometry.D, generator=g).to(device)
+    grid = (GRID[0], GRID[0]) if family.only_squares else GRID
+    noise = torch.randn(BATCH, math.prod(grid), geometry.D, generator=g).to(device)
     # Rounded to float32 first: both networks are told the same time, to the last bit.
     sigma = sigma_from_tau(sigma_grid(STEPS, 1.0, device=device), s).float()
     tau = tau_from_sigma(sigma, s)
@@ -152,12 +152,12 @@ def check_coupling(
     def latent_run() -> Tensor:
         net = load_transformer(base.path, family, dtype=torch.float32).to(device)
         flow = LatentFlow(net, family, geometry)
-        return euler(lambda z, t: flow(z, t.expand(BATCH), text, GRID), noise @ A, tau)
+        return euler(lambda z, t: flow(z, t.expand(BATCH), text, grid), noise @ A, tau)
 
     def pixel_run() -> Tensor:
         net = load_transformer(lifted, family, dtype=torch.float32).to(device)
         flow = PixelFlow(net, family, geometry, A, s)
-        return euler(lambda x, t: flow(x, t.expand(BATCH), text, GRID, floor=FLOOR), noise, sigma)
+        return euler(lambda x, t: flow(x, t.expand(BATCH), text, grid, floor=FLOOR), noise, sigma)
 
     with _full_float32():
         expected = s * latent_run() @ A.T
@@ -178,7 +178,7 @@ def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> T
     from asymlift.model.loading import embed_prompts, load_pipeline, text_parts
 
     pipeline = load_pipeline(base.path, text_parts(base, family), library=family.library)
-    text = family.collate(embed_prompts(family, pipeline, PROMPTS, text_length))
+    text = family.collate(embed_prompts(family, pipeline, family.prompts, text_length))
     del pipeline
     gc.collect()
     return text
