@@ -5,7 +5,7 @@ from typing import Any
 from asymlift.families import FAMILIES
 from asymlift.families.base import PROOFS, Family
 
-WIDTH = 150  # of the table, where there is no terminal that has one
+WIDTH = 180  # of the table, where there is no terminal that has one
 
 
 def as_json() -> dict[str, Any]:
