@@ -47,5 +47,4 @@ CASE = Case(
     blocks=frozenset({"BasicTransformerBlock"}),
     length_name="",
     levels=lambda scheduler: 1 - scheduler.sigmas[:-1],
-    cannot_sample_pixels="DiTPipeline draws its noise itself, and decodes whatever it has made",
 )
