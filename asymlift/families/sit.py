@@ -117,8 +117,9 @@ SIT = Family(
     has_text_encoder=False,
     only_squares=True,
     prompts=("", "0"),
-    example="0",
-    square=True,
     sizes=Geometry(vae_factor=8, channels=4, patch=2),
-    unproven={"sampling": "DiTPipeline draws its noise itself, and decodes whatever it has made"},
+    unproven={
+        "pipeline": "diffusers has none for SiT; DiT's, over a flow, says nothing of time and sign",
+        "sampling": "DiTPipeline draws its noise itself, and decodes whatever it has made",
+    },
 )
