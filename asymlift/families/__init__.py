@@ -17,6 +17,7 @@ from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
 from asymlift.families.flux3 import FLUX3
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
+from asymlift.families.ideogram4 import IDEOGRAM4
 from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.krea2 import KREA2
 from asymlift.families.longcat import LONGCAT
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Family] = {
         FLUX2,
         FLUX3,
         HUNYUANIMAGE,
+        IDEOGRAM4,
         KANDINSKY5,
         KREA2,
         LONGCAT,

@@ -8,26 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.maths.patches import Order, image_to_tokens, tokens_to_image
 
 PATCH = 2  # latent cells, along one side
 
 
 @torch.no_grad()
-def encode_latents(vae: Any, image: Tensor, *, eps: float | None = None) -> Tensor:
+def encode_latents(
+    vae: Any, image: Tensor, *, eps: float | None = None, order: Order = "c p q"
+) -> Tensor:
     """Turn an image in [-1, 1] into the latent that the transformer denoises."""
     z = vae.encode(image.to(vae.dtype)).latent_dist.mode()
     mean, std = _statistics(vae, eps)
-    tokens = (image_to_tokens(z, PATCH) - mean) / std
-    return tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
+    tokens = (image_to_tokens(z, PATCH, order) - mean) / std
+    return tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH), order)
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, z: Tensor, *, eps: float | None = None) -> Tensor:
+def decode_latents(
+    vae: Any, z: Tensor, *, eps: float | None = None, order: Order = "c p q"
+) -> Tensor:
     """Turn a latent of the transformer into an image in [-1, 1]."""
     mean, std = _statistics(vae, eps)
-    tokens = image_to_tokens(z, PATCH) * std + mean
-    raw = tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH))
+    tokens = image_to_tokens(z, PATCH, order) * std + mean
+    raw = tokens_to_image(tokens, PATCH, (z.shape[-2] // PATCH, z.shape[-1] // PATCH), order)
     image: Tensor = vae.decode(raw.to(vae.dtype)).sample
     return image.clamp(-1, 1)
 

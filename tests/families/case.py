@@ -74,6 +74,7 @@ class Case:
     decoded: Callable[[Any, Tensor], Tensor] = lambda vae, raw: vae.decode(raw).sample
     vae_channels: str = "latent_channels"  # in the VAE's config
     mu: Callable[[Any, int, int], float | None] = lambda module, num_tokens, steps: None
+    own_shift: Callable[[int], float] = lambda num_tokens: 1.0  # which the pipeline adds by itself
     shared_modulation: str = ""  # why the final norm's weights steer the blocks too
     assemble: Callable[[dict[str, Any]], Any] | None = None  # makes the pipeline; else its class
     save: Callable[[Any, Path], None] = lambda pipeline, folder: pipeline.save_pretrained(folder)

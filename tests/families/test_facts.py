@@ -213,8 +213,9 @@ def test_the_base_shift_gives_the_schedulers_levels(name, kind, num_tokens):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_static_shift_is_taken_from_the_scheduler(name):
-    assert FAMILIES[name].base_shift({"shift": 3.0, "use_dynamic_shifting": False}, 4096) == 3.0
-    assert FAMILIES[name].base_shift({"shift": 6.0}, 24) == 6.0
+    family, own = FAMILIES[name], case_of(name).own_shift
+    assert family.base_shift({"shift": 3.0, "use_dynamic_shifting": False}, 4096) == 3 * own(4096)
+    assert family.base_shift({"shift": 6.0}, 24) == 6 * own(24)
 
 
 def test_the_published_scheduler_of_sana_shifts_under_another_name():
