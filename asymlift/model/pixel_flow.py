@@ -92,6 +92,10 @@ def _velocity(flow: Any, tokens: Tensor, tau: Tensor, text: Text, grid: Grid) ->
         image, text = image.to(dtype), _cast(text, dtype)
     with torch.autocast(image.device.type, flow.precision, enabled=flow.precision is not None):
         raw = family.run(flow.net, image, time, text)
+    found = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+    assert found == image.shape, (
+        f"run of {family.name} returned {found}, not a map (B, c, h, w) of {tuple(image.shape)}"
+    )
     return image_to_tokens(family.sign * raw, patch)
 
 

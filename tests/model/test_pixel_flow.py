@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ def leak(pair: Pair) -> float:
     # Undo the division by sigma, which is the recovery's and would flatter or blame the network.
     u_perp = (u - project(u, pair.A)) * SIGMA.to(u.dtype).view(-1, 1, 1) / pair.s
     return float(u_perp.norm() / u.norm())
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (list, "list"),
+        (lambda raw: raw.unsqueeze(2), r"\(2, 4, 1, 8, 12\)"),
+        (lambda raw: torch.cat([raw, raw], 1), r"\(2, 8, 8, 12\)"),
+    ],
+)
+def test_a_run_that_returns_no_map_is_our_own_mistake(change, found):
+    pair, own = lifted_pair("sd3"), FAMILIES["sd3"].run
+    pair.latent.family = replace(FAMILIES["sd3"], run=lambda *given: change(own(*given)))
+    z = torch.zeros(2, math.prod(pair.grid), pair.geometry.d).double()
+    with pytest.raises(AssertionError, match=f"run of sd3 returned {found}, not a map"):
+        pair.latent(z, torch.ones(2).double(), pair.text, pair.grid)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
