@@ -20,12 +20,13 @@ from asymlift.families.base import (
     Geometry,
     Text,
     check_channels,
-    plain_shift,
+    interpolated_shift,
     setting,
     vae_factor,
 )
 from asymlift.families.text import padded_text
 
+CHANNELS = 16  # of published latents: the pipeline's shift counts them instead of tokens
 LENGTH = 256  # words of the longest prompt
 
 
@@ -73,6 +74,11 @@ def encode_prompt(
     return samples
 
 
+def base_shift(scheduler: Config, num_tokens: int) -> float:
+    """Return the pipeline's time shift: 6 in the published checkpoint, the same for all sizes."""
+    return interpolated_shift(scheduler, CHANNELS, max_shift=1.15)
+
+
 LUMINA2 = Family(
     name="lumina2",
     transformer="Lumina2Transformer2DModel",
@@ -94,7 +100,7 @@ LUMINA2 = Family(
     text_shapes=lambda config, length: {
         "encoder_hidden_states": (length or LENGTH, setting(config, "cap_feat_dim"))
     },
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    base_shift=base_shift,
     lora_targets=(
         "layers.*.feed_forward.linear_*",  # 1, 2, 3
         "noise_refiner.*.feed_forward.linear_*",

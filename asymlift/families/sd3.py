@@ -62,7 +62,7 @@ def encode_prompt(
 
 def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the pipeline's time shift: a constant (3) in every published checkpoint."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.16)
+    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
 
 
 SD3 = Family(

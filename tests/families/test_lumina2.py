@@ -23,13 +23,13 @@ def test_more_positions_than_the_tables_have_are_refused(known, size, message):
     """On a GPU the class itself would end the process. Seven words, and two cells a token."""
     net = tiny_transformer("lumina2", axes_lens=known)
     with pytest.raises(BadData, match=message):
-        LUMINA2.run(net, torch.zeros(1, 4, *size), torch.ones(1), tiny_text("lumina2", 1))
+        LUMINA2.run(net, torch.zeros(1, 16, *size), torch.ones(1), tiny_text("lumina2", 1))
 
 
 def test_the_last_positions_can_be_used():
     net = tiny_transformer("lumina2", axes_lens=(8, 2, 3))
-    out = LUMINA2.run(net, torch.zeros(1, 4, 4, 6), torch.ones(1), tiny_text("lumina2", 1))
-    assert out.shape == (1, 4, 4, 6)
+    out = LUMINA2.run(net, torch.zeros(1, 16, 4, 6), torch.ones(1), tiny_text("lumina2", 1))
+    assert out.shape == (1, 16, 4, 6)
 
 
 def test_the_empty_prompt_is_what_the_pipeline_guides_against():

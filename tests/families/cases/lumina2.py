@@ -2,7 +2,6 @@
 
 from asymlift.families.base import Geometry
 from tests.families.case import (
-    CHANNELS,
     FOUR_LEVELS,
     LENGTH,
     WORDS,
@@ -14,6 +13,8 @@ from tests.families.case import (
     same,
 )
 from tests.families.text_parts import gemma2
+
+CHANNELS = 16  # as published: the pipeline's shift depends on it
 
 CASE = Case(
     transformer={
@@ -29,7 +30,7 @@ CASE = Case(
         "axes_lens": (256, 32, 32),
         "cap_feat_dim": WORDS,
     },
-    vae=kl_vae(levels=4, scaling_factor=0.3611, shift_factor=0.1159),
+    vae=kl_vae(levels=4, latent_channels=CHANNELS, scaling_factor=0.3611, shift_factor=0.1159),
     scheduler=flow_scheduler(shift=6.0),
     text_parts=lambda: gemma2(WORDS, 3),
     sample=lambda noise, i: {"encoder_hidden_states": noise(LENGTH + i, WORDS)},
@@ -50,4 +51,5 @@ CASE = Case(
     sizes=Geometry(vae_factor=8, channels=CHANNELS, patch=2),
     length=220,  # of letters: the system's own text comes before the prompt
     loose=frozenset({"encoder_hidden_states"}),
+    mu=lambda module, num_tokens, steps: float(module.calculate_shift(CHANNELS)),
 )
