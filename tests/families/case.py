@@ -57,6 +57,7 @@ class Case:
     blocks: frozenset[str] = frozenset()  # kinds of block, if the class does not list them
     length_name: str = "max_sequence_length"  # the pipeline's argument for `length`; "": none
     length: int = 12  # words that the tests ask for
+    cuts: tuple[bool, bool] = (True, True)  # long prompts: to the length asked for; by default
     pipeline_parts: Mapping[str, Any] = field(default_factory=dict)  # further arguments of it
     told: Callable[[Any], None] = lambda pipeline: None  # what the pipeline is told once it is made
     loose: frozenset[str] = frozenset()  # names of embeddings that are as long as the prompt
@@ -100,6 +101,10 @@ class Case:
 
     def read_answer(self, raw: Any, call: dict[str, Any]) -> Tensor:
         """What the transformer answered to this call, as a map."""
+        assert self.answer in call, (
+            f"the transformer is called with {sorted(call)}; which of them is the latent? "
+            f"set `answer`, which is {self.answer!r}"
+        )
         return self.read({**call, self.answer: raw})[0]
 
     def read_state(self, state: Tensor) -> Tensor:

@@ -112,8 +112,11 @@ def test_paths_lead_to_the_right_modules(name):
     for path in family.first_maps:
         assert isinstance(net.get_submodule(path), (nn.Linear, nn.Conv2d))
     assert isinstance(net.get_submodule(family.last), nn.Linear)
-    for path in trained_in_full(family).values():
-        assert sum(p.numel() for p in net.get_submodule(path).parameters()) > 0
+    for word, path in trained_in_full(family).items():
+        numbers = sum(p.numel() for p in net.get_submodule(path).parameters())
+        assert numbers, (
+            f"{word}, `{path}`, has no weights; name the module that makes them, or None"
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -281,6 +284,33 @@ def test_padding_is_cut_only_where_the_model_cannot_see_it(name, lengths):
 def test_the_pipelines_own_length_is_the_default(name, length):
     (sample,) = FAMILIES[name].encode_prompt(tiny_pipeline(name), ["a bee"], None)
     assert len(sample["encoder_hidden_states"]) == length
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_long_prompt_is_cut_to_the_words_asked_for_and_to_the_stated_default(name):
+    """From one length to another, an embedding grows by as much as `text_shapes` says."""
+    family, case, pipeline = FAMILIES[name], case_of(name), tiny_pipeline(name)
+    if not any(case.cuts):
+        pytest.skip("no prompt is cut")
+    prompt = "a bee " * 300  # at least 1200 words of any tiny tokenizer
+
+    def sizes(length: int | None) -> tuple[dict[str, int], dict[str, int]]:
+        (made,) = family.encode_prompt(pipeline, [prompt], length)
+        stated = family.text_shapes(pipeline.transformer.config, length)
+        return {k: len(made[k]) for k in made}, {k: stated[k][0] for k in made}
+
+    made, stated = sizes(case.length)
+    for length, cuts in zip((case.length + 16, None), case.cuts, strict=True):
+        now, says = sizes(length)
+        for key in made:
+            if not cuts or says[key] > 1024:  # a longer prompt would take the tests too long
+                assert now[key] > made[key]
+                continue
+            assert now[key] - made[key] == says[key] - stated[key], (
+                f"`{key}` of a long prompt has {made[key]} rows for a length of {case.length}, "
+                f"{now[key]} for {length}; text_shapes says {stated[key]} and {says[key]}: "
+                "does encode_prompt hand on max_length? is the default the pipeline's?"
+            )
 
 
 def test_sd3_without_t5_says_so():

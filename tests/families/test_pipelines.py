@@ -23,6 +23,8 @@ from asymlift.runtime import third_party
 from tests.families.case import PROMPT, Case, case_of
 from tests.tiny import lifted_pair, tiny_pipeline, tiny_text, tiny_transformer, tiny_vae
 
+GUIDED = "the case's call is guided; set `options` (or `asked`) so that it is not"
+
 
 def intercept(net: Any, case: Case, answer: Callable[..., Tensor]) -> None:
     """Let `answer(map, time, text, call)` reply to the pipeline in place of this transformer."""
@@ -30,7 +32,9 @@ def intercept(net: Any, case: Case, answer: Callable[..., Tensor]) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = dict(signature.bind(net, *args, **kwargs).arguments)
-        made = case.write(answer(*case.read(call), call))
+        image, time, text = case.read(call)
+        assert len(image) == 1, GUIDED
+        made = case.write(answer(image, time, text, call))
         return (made,) if call.get("return_dict") is False else Answer(made)
 
     vars(forward)["__signature__"] = bound  # some pipelines look what it takes
@@ -91,6 +95,7 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
     picture = case.drive(pipeline, options)
 
     del net.forward
+    assert len(calls) == len(case.levels(pipeline.scheduler)), GUIDED
     text = family.collate(
         family.encode_prompt(pipeline, [case.call.get("prompt", PROMPT)], case.length)
     )
@@ -105,11 +110,25 @@ def disagreements(name: str, family: Family) -> dict[str, float]:
     }
 
 
+LIKELY = {
+    "time": "time, or the case's levels",
+    "picture": "sign, or what encode_latents and decode_latents do around the VAE",
+    "decode": "decode_latents, or encode_latents",
+    "run": "ids, packing or masks in run, or encode_prompt and collate",
+}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_real_pipeline_agrees(name):
     """Time, sign, latents, prompt embeddings, ids and packing: all as the pipeline has them."""
-    for part, error in disagreements(name, FAMILIES[name]).items():
-        assert error < 2e-5 + (part == "picture") * case_of(name).rounding, part
+    errors = disagreements(name, FAMILIES[name])
+    limits = {part: 2e-5 + (part == "picture") * case_of(name).rounding for part in errors}
+    lines = (
+        f"{part}: off by {error:.1e}, at most {limits[part]:.0e} is rounding; "
+        f"{'else' if error < limits[part] else 'look at'} {LIKELY[part]}"
+        for part, error in errors.items()
+    )
+    assert all(error < limits[part] for part, error in errors.items()), "\n".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +189,11 @@ def test_the_stock_pipeline_samples_the_lifted_model(name, steps):
     """From matched noise, the picture is s A z of the latent pipeline's last latent."""
     if reason := FAMILIES[name].unproven.get("sampling"):
         pytest.skip(reason)
-    assert sampling_error(name, steps) < 1e-4
+    error = sampling_error(name, steps)
+    assert error < 2e-3, (  # float32 levels, times 1000, of a net with large weights
+        f"off by {error:.1e} of the largest number; rounding makes up to 4e-4, a wrong fact above "
+        "0.2: sign, time, order_in or order_out, or the case's read, write, start, state, sigmas"
+    )
 
 
 @torch.no_grad()

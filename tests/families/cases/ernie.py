@@ -64,5 +64,6 @@ CASE = Case(
     ),
     options={"guidance_scale": 1.0},
     length_name="",
+    cuts=(True, False),
     loose=frozenset({"text_bth"}),
 )

@@ -61,6 +61,7 @@ CASE = Case(
     sizes=Geometry(vae_factor=8, channels=CHANNELS, patch=2),
     blocks=frozenset({"OmniGenBlock"}),
     length_name="",
+    cuts=(False, False),
     length=160,  # of bytes: the instruction's own come before the prompt's
     loose=frozenset({"input_ids"}),
     levels=lambda scheduler: 1 - scheduler.sigmas[:-1],

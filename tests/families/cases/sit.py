@@ -46,5 +46,6 @@ CASE = Case(
     grid=(4, 4),
     blocks=frozenset({"BasicTransformerBlock"}),
     length_name="",
+    cuts=(False, False),
     levels=lambda scheduler: 1 - scheduler.sigmas[:-1],
 )
