@@ -3,7 +3,7 @@
 import importlib
 from difflib import get_close_matches
 
-from asymlift.errors import BadRecipe
+from asymlift.errors import BadData, BadRecipe
 from asymlift.families.auraflow import AURAFLOW
 from asymlift.families.base import Config, Family
 from asymlift.families.bria import BRIA
@@ -23,10 +23,11 @@ from asymlift.families.krea2 import KREA2
 from asymlift.families.longcat import LONGCAT
 from asymlift.families.lumina2 import LUMINA2
 from asymlift.families.nucleus import NUCLEUS
-from asymlift.families.ovis import OVIS
 from asymlift.families.omnigen import OMNIGEN
+from asymlift.families.ovis import OVIS
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.qwenimage21 import QWENIMAGE21
+from asymlift.families.refusals import why_class_refused
 from asymlift.families.sana import SANA
 from asymlift.families.sd3 import SD3
 from asymlift.families.sit import SIT
@@ -53,9 +54,9 @@ FAMILIES: dict[str, Family] = {
         LONGCAT,
         LUMINA2,
         NUCLEUS,
+        OMNIGEN,
         OVIS,
         QWENIMAGE,
-        OMNIGEN,
         QWENIMAGE21,
         SANA,
         SD3,
@@ -100,6 +101,8 @@ def _by_class(found: str | None) -> Family:
     for family in FAMILIES.values():
         if family.transformer == found:
             return family
+    if reason := why_class_refused(found):
+        raise BadData(f"the checkpoint's transformer is {reason}")
     classes = [family.transformer for family in FAMILIES.values()]
     raise BadRecipe(
         f"no family for the checkpoint's transformer, {found or 'which it does not name'}"

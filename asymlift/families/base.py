@@ -98,8 +98,6 @@ class Family:
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
-    example: str = "a red lighthouse"  # a prompt that every checkpoint of it understands
-    square: bool = False  # whether it draws no other pictures
     library: str | None = None  # one's own package, whose classes a checkpoint may name too
     sizes: Geometry | None = None  # of the published checkpoints
     unproven: Mapping[str, str] = field(default_factory=dict)  # which of PROOFS is not, and why

@@ -5,11 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import find_family
-from asymlift.families.base import Family, Geometry
+from asymlift.families.base import Config, Family, Geometry
+from asymlift.families.refusals import distillation_warning, why_folder_refused, why_refused
 from asymlift.recipe import Recipe
-from asymlift.runtime import third_party
+from asymlift.runtime import log, third_party
 
 EMBEDDED = "embedded:"
 MOST_SIZE = 4096  # of a latent cell, a patch, or a latent's channels; known ones stay below 200
@@ -45,11 +47,56 @@ def named_family(recipe: Recipe) -> str:
 
 
 def family_of(recipe: Recipe, base: Path) -> tuple[Family, Geometry]:
-    """What the base is, by its own configs or by the recipe."""
+    """What the base is, by its own configs or by the recipe; a poor start is told."""
     folder = DiffusersFolder(base)
-    config = folder.config("transformer")
-    family = find_family(named_family(recipe), folder.model_index, config)
+    family = family_in(folder, named_family(recipe))
+    warn_of_distillation(folder, family, recipe.model.base)
     return family, geometry_of(folder, family)
+
+
+def family_in(folder: DiffusersFolder, name: str) -> Family:
+    """The family of a pipeline folder; what cannot be ported is refused, and why.
+
+    A family of one's own says itself what it is for.
+    """
+    if reason := why_folder_refused(folder.model_index):
+        raise BadData(f"{folder.path}: {reason}")
+    config = folder.config("transformer")
+    family = find_family(name, folder.model_index, config)
+    if ":" not in name:
+        refuse_unportable(folder, family)
+    return family
+
+
+def refuse_unportable(folder: DiffusersFolder, family: Family) -> None:
+    """End where no port of such a checkpoint is right, although its class is of a family."""
+    config, scheduler = folder.config("transformer"), scheduler_config(folder)
+    if reason := why_refused(family, config, scheduler, folder.model_index):
+        raise BadData(f"{folder.path}: {reason}")
+
+
+def check_lifted(lifted: Lifted, family: Family, base: str) -> None:
+    """The same of a model that was lifted already, by whatever means; `base` is what it was."""
+    if ":" in lifted.family:
+        return
+    folder = DiffusersFolder(lifted.folder)
+    refuse_unportable(folder, family)
+    warn_of_distillation(folder, family, base)
+
+
+def warn_of_distillation(folder: DiffusersFolder, family: Family, called: str) -> None:
+    if told := distillation_of(folder, family, called):
+        log.warn(told)
+
+
+def distillation_of(folder: DiffusersFolder, family: Family, called: str) -> str | None:
+    """Why this checkpoint is a poor start; None if it is none."""
+    config, scheduler = folder.config("transformer"), scheduler_config(folder)
+    return distillation_warning(family, config, scheduler, folder.model_index, called)
+
+
+def scheduler_config(folder: DiffusersFolder) -> Config:
+    return folder.config("scheduler") if (folder.path / "scheduler").is_dir() else {}
 
 
 def geometry_of(folder: DiffusersFolder, family: Family) -> Geometry:

@@ -37,7 +37,7 @@ from asymlift.artifacts.safetensors_stream import load_tensors
 from asymlift.data.order import derive
 from asymlift.data.pictures import encode_png, float_to_image
 from asymlift.errors import BadData, BadRecipe, Unavailable
-from asymlift.families import family_of_lifted, find_family
+from asymlift.families import family_of_lifted
 from asymlift.families.base import Family, Geometry, Text
 from asymlift.model.loading import (
     embed_prompts,
@@ -51,7 +51,7 @@ from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 from asymlift.model.sampling import SampleSettings, noise_levels
 from asymlift.model.trained_weights import apply_trained
 from asymlift.runtime import dist, log
-from asymlift.stages.locate import base_shift_of, geometry_of
+from asymlift.stages.locate import base_shift_of, family_in, geometry_of
 from asymlift.stages.sample_folder import GRID, Picture, SampleFolder, Weights, read_index
 
 TRAINED = {"ema": EMA, "raw": TRAINABLE}  # weights -> their file in a checkpoint
@@ -195,7 +195,7 @@ class Sources:
         name = self.plan.family
         if self.lifted:
             return family_of_lifted(self.lifted.family, name)
-        return find_family(name, self.pipeline.model_index, self.pipeline.config("transformer"))
+        return family_in(self.pipeline, name)
 
     @cached_property
     def geometry(self) -> Geometry:

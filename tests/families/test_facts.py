@@ -242,6 +242,14 @@ def test_the_flux2_pipelines_default_number_of_steps_is_ours():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_its_prompts_can_be_embedded_and_the_shape_of_its_pictures_is_stated(name):
+    """`convert` checks the whole model with both."""
+    family, case = FAMILIES[name], case_of(name)
+    assert len(family.encode_prompt(tiny_pipeline(name), family.prompts, case.length)) == 2
+    assert family.only_squares == (case.grid[0] == case.grid[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_are_embedded_one_by_one_as_in_a_batch(name):
     """Order and padding do not leak between samples, and the empty prompt is a prompt."""
     family, case, pipeline = FAMILIES[name], case_of(name), tiny_pipeline(name)

@@ -59,7 +59,7 @@ from asymlift.stages.finetune.start import Start, accumulation_for, check_packag
 from asymlift.stages.finetune.state import TrainingState
 from asymlift.stages.finetune.step import Trainer
 from asymlift.stages.finetune.validation import Validation, is_unmeasured
-from asymlift.stages.locate import checkpoints_path, lifted_path, named_family
+from asymlift.stages.locate import check_lifted, checkpoints_path, lifted_path, named_family
 from asymlift.stages.provenance import (
     add_to_start,
     library_versions,
@@ -148,6 +148,7 @@ class Run:
         self.precision = torch.bfloat16 if self.settings.precision == "bfloat16" else None
         self.lifted = dist.all_do(ranks, lambda: read_lifted(lifted_path(recipe)))
         self.family = family_of_lifted(self.lifted.family, named_family(recipe))
+        check_lifted(self.lifted, self.family, recipe.model.base)
 
         watch.at(None, "opening the data")
         self.training = open_training_data(recipe, self.lifted, self.family, ranks)

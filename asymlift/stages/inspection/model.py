@@ -25,7 +25,7 @@ from asymlift.stages.fit_basis import verdict_on
 from asymlift.stages.inspection.data import inspect_data, is_data
 from asymlift.stages.inspection.report import SHOWN, Inspection, brief, some_of
 from asymlift.stages.inspection.single_file import portability_of
-from asymlift.stages.locate import base_shift_of, geometry_of
+from asymlift.stages.locate import base_shift_of, distillation_of, family_in, geometry_of
 
 KNOWN = (
     "a recipe (.yaml), a basis or other tensors (.safetensors), a shard (.tar) or a folder of "
@@ -173,11 +173,13 @@ def _base(path: Path) -> Inspection:
     folder = DiffusersFolder(path)
     rows, facts, problems = _components(folder)
     try:
-        config = folder.config("transformer")
-        family = find_family("auto", folder.model_index, config)
+        family = family_in(folder, "auto")
         geometry = geometry_of(folder, family)
         more_rows, more_facts = _sizes(folder, family, geometry, None)
         rows, facts = rows + more_rows, facts | more_facts
+        if poor := distillation_of(folder, family, path.name):
+            rows.append(("poor start", poor))
+            facts["poor_start"] = poor
     except UserError as error:
         problems.append(str(error))
     facts["can_be_ported"] = not problems

@@ -70,12 +70,13 @@ def _has_names_of(family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
 
 def _rows(families: list[Family], how: str) -> list[tuple[str, str]]:
     names = " or ".join(family.name for family in families)
+    home = next(iter(families[0].checkpoints), f"a {families[0].pipelines[0]}")
     classes = " or ".join(dict.fromkeys(family.transformer for family in families))
     return [
         ("family", f"{names} ({how})"),
         (
             "can be ported",
             f"yes, from a whole pipeline folder: load it with {classes}.from_single_file and "
-            f"save_pretrained it beside the other parts of {families[0].checkpoints[0]}",
+            f"save_pretrained it beside the other parts of {home}",
         ),
     ]

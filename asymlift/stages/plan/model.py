@@ -13,7 +13,6 @@ from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.lifted_folder import FACTS
 from asymlift.artifacts.safetensors_stream import DTYPES
 from asymlift.errors import UserError
-from asymlift.families import find_family
 from asymlift.families.base import Family, Geometry, Text
 from asymlift.maths.color import ColorCode
 from asymlift.maths.zero_memory import Device
@@ -25,7 +24,13 @@ from asymlift.model.training_step import Batch, TrainingStep
 from asymlift.recipe import FinetuneSection, Recipe
 from asymlift.runtime.parameters import Trainable
 from asymlift.stages.finetune.model import assemble_step
-from asymlift.stages.locate import base_folder, geometry_of, lifted_path, named_family
+from asymlift.stages.locate import (
+    base_folder,
+    family_in,
+    geometry_of,
+    lifted_path,
+    named_family,
+)
 
 FROZEN_DTYPE = torch.bfloat16  # of a model whose weights are not here
 
@@ -74,7 +79,7 @@ def blueprint_of(recipe: Recipe) -> Blueprint:
     path = lifted_path(recipe) if lifted else base_folder(recipe)
     folder = DiffusersFolder(path)
     config = folder.config("transformer")
-    family = find_family(named_family(recipe), folder.model_index, config)
+    family = family_in(folder, named_family(recipe))
     geometry = geometry_of(folder, family)
     stored = stored_dtypes(folder)
     source = f"{path}{'' if lifted else ', as convert would lift it'}"

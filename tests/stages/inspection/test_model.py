@@ -173,7 +173,7 @@ def test_a_base_that_cannot_be_ported_says_why(run, tmp_path):
     assert dict(found.rows)["can be ported"] == "no"
     assert found.facts["can_be_ported"] is False
     assert any("pickle" in problem for problem in found.problems)
-    assert any("no family for the checkpoint's transformer" in p for p in found.problems)
+    assert any("transformer is a PixArtTransformer2DModel, which" in p for p in found.problems)
 
 
 def test_a_lifted_model(run):
