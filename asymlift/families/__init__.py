@@ -22,6 +22,7 @@ from asymlift.families.kandinsky5 import KANDINSKY5
 from asymlift.families.krea2 import KREA2
 from asymlift.families.longcat import LONGCAT
 from asymlift.families.lumina2 import LUMINA2
+from asymlift.families.lumina_next import LUMINA_NEXT
 from asymlift.families.nucleus import NUCLEUS
 from asymlift.families.omnigen import OMNIGEN
 from asymlift.families.ovis import OVIS
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
         KREA2,
         LONGCAT,
         LUMINA2,
+        LUMINA_NEXT,
         NUCLEUS,
         OMNIGEN,
         OVIS,

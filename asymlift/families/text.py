@@ -85,14 +85,16 @@ def padded_text(
 
 
 @contextmanager
-def tokenizer_length(pipeline: Any, length: int | None) -> Iterator[None]:
+def tokenizer_length(
+    pipeline: Any, length: int | None, attribute: str = "tokenizer_max_length"
+) -> Iterator[None]:
     """Some pipelines have the number of words as an attribute, not as an argument."""
-    own = pipeline.tokenizer_max_length
-    pipeline.tokenizer_max_length = length or own
+    own = getattr(pipeline, attribute)
+    setattr(pipeline, attribute, length or own)
     try:
         yield
     finally:
-        pipeline.tokenizer_max_length = own
+        setattr(pipeline, attribute, own)
 
 
 @contextmanager

@@ -238,13 +238,17 @@ def talking_qwen3_vl(hidden: int, layers: int) -> dict[str, Any]:
 
 
 def gemma2(hidden: int, layers: int) -> dict[str, Any]:
-    """Gemma 2 and its tokenizer, a token for each letter: `text_encoder` and `tokenizer`."""
+    return gemma(hidden, layers, "Gemma2", query_pre_attn_scalar=8)
+
+
+def gemma(hidden: int, layers: int, kind: str = "Gemma", **config: Any) -> dict[str, Any]:
+    """Gemma and its tokenizer, a token for each letter: `text_encoder` and `tokenizer`."""
     transformers = third_party.library("transformers")
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
     tokenizer = transformers.GemmaTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)}, add_bos_token=True
     )
-    config = transformers.Gemma2Config(
+    sizes = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=16,
@@ -253,9 +257,9 @@ def gemma2(hidden: int, layers: int) -> dict[str, Any]:
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=512,
-        query_pre_attn_scalar=8,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
+        **config,
     )
-    return {"text_encoder": random_model("Gemma2Model", config), "tokenizer": tokenizer}
+    return {"text_encoder": random_model(f"{kind}Model", sizes), "tokenizer": tokenizer}
