@@ -63,4 +63,4 @@ def test_the_case_has_the_shift_that_the_real_pipeline_asks_for(name, kind):
     if mu is not None:
         assert stated == pytest.approx(mu)
         shift = math.exp(mu) if kind == "exponential" else mu
-        assert family.base_shift(scheduler.config, num_tokens) == pytest.approx(shift)
+        assert family.base_shift(scheduler.config, num_tokens) == pytest.approx(shift), "base_shift"
