@@ -19,7 +19,7 @@ def test_renormalised_guidance_is_that_of_the_pipeline(name):
     family, case, pipeline = FAMILIES[name], case_of(name), tiny_pipeline(name)
     states: list[Tensor] = []
     levels = torch.linspace(1, 0, 6, dtype=torch.float64)
-    pipeline.scheduler = scheduler_with(levels[:-1], states)
+    pipeline.scheduler = scheduler_with(case, levels[:-1], states)
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(1, case.grid[0] * case.grid[1], case.sizes.d, generator=g)
     pipeline(
