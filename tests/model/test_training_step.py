@@ -24,7 +24,7 @@ from asymlift.runtime.parameters import Trainable
 from tests.families.case import case_of
 from tests.tiny import KINDS, lifted_pair, tiny_text
 
-GRID = (2, 3)  # or a square, where a family draws no others
+GRID = (2, 4)  # even, for 2 x 2 slots; or a square, where a family draws no others
 PUBLISHED = LossConstants(
     shift=0.3,
     weight=10.0,
