@@ -16,6 +16,7 @@ from asymlift.families.fibo2 import FIBO2
 from asymlift.families.flux1 import FLUX1
 from asymlift.families.flux2 import FLUX2
 from asymlift.families.flux3 import FLUX3
+from asymlift.families.hidream import HIDREAM
 from asymlift.families.hunyuanimage import HUNYUANIMAGE
 from asymlift.families.ideogram4 import IDEOGRAM4
 from asymlift.families.kandinsky5 import KANDINSKY5
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
         FLUX1,
         FLUX2,
         FLUX3,
+        HIDREAM,
         HUNYUANIMAGE,
         IDEOGRAM4,
         KANDINSKY5,

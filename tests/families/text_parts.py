@@ -263,3 +263,20 @@ def gemma(hidden: int, layers: int, kind: str = "Gemma", **config: Any) -> dict[
         **config,
     )
     return {"text_encoder": random_model(f"{kind}Model", sizes), "tokenizer": tokenizer}
+
+
+def llama(hidden: int, layers: int) -> Any:
+    """Llama, of which HiDream reads every layer."""
+    config = third_party.library("transformers").LlamaConfig(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=hidden,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    return random_model("LlamaForCausalLM", config)
