@@ -108,10 +108,15 @@ class KeepReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def as_places(index: Tensor | None) -> Sequence[Tensor | None]:
-    """Where a real mask is true: how many places there are, a fake tensor could not tell."""
-    if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+    """Where a real mask is true: how many places there are, a fake tensor could not tell.
+
+    One that follows from fake numbers, as of the tokens that an expert takes, may take all.
+    """
+    if index is None or index.dtype != torch.bool:
         return [index]
     with unset_fake_temporarily():
+        if isinstance(index, FakeTensor):
+            return torch.ones(index.shape, dtype=torch.bool).nonzero().unbind(1)
         return index.nonzero().unbind(1)
 
 

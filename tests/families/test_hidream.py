@@ -7,6 +7,7 @@ from asymlift.errors import BadData, Unavailable
 from asymlift.families import FAMILIES
 from tests.families.case import case_of
 from tests.families.test_lift_identity import lift_error
+from tests.model.test_footprint import footprint
 from tests.tiny import lifted_pair, tiny_pipeline, tiny_text, tiny_transformer
 
 FAMILY = FAMILIES["hidream"]
@@ -58,6 +59,13 @@ def test_experts_let_gradients_through_and_the_answer_is_a_picture(training, for
 def test_experts_choose_the_same_tokens_in_pixels():
     net = tiny_transformer("hidream", num_routed_experts=4)
     assert lift_error(lifted_pair("hidream", net=net)) <= 1e-12
+
+
+def test_it_can_be_planned_with_every_expert_taking_every_token():
+    """Which token takes which expert follows from numbers, and a plan has none: the most counts."""
+    real, fake = (footprint("hidream", real=real) for real in (True, False))
+    assert real.student < fake.student < 1.5 * real.student
+    assert real.batch == fake.batch
 
 
 def test_a_folder_without_llama_says_so():
