@@ -94,7 +94,9 @@ class Family:
     lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for anything
     checkpoints: tuple[str, ...]  # published ones, as the hub names them
     tier: Literal["free", "easy"]  # easy: there is a quirk, which the module's docstring tells
-    last_reads: Callable[[Tensor], Tensor] = lambda read: read  # by `last` -> (b, at least N, F)
+    # What `last` reads -> (b, at least N, F), the picture's tokens first; None: they lie elsewhere,
+    # and the variance of its gradient is not measured.
+    last_reads: Callable[[Tensor], Tensor] | None = lambda read: read
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels

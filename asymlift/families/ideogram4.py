@@ -128,6 +128,7 @@ IDEOGRAM4 = Family(
     ),
     checkpoints=("ideogram-ai/ideogram-4-fp8",),
     tier="easy",
+    last_reads=None,  # words come before the picture
     heavy_text="thirteen layers of the text encoder, 0.1 MB a word",
     sizes=Geometry(vae_factor=8, channels=32, patch=2),
 )

@@ -110,5 +110,6 @@ LUMINA2 = Family(
     ),
     checkpoints=("Alpha-VLLM/Lumina-Image-2.0",),
     tier="free",
+    last_reads=None,  # words come before the picture
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

@@ -121,5 +121,6 @@ QWENIMAGE21 = Family(
     ),
     checkpoints=("Qwen/Qwen-Image-2.1",),
     tier="easy",
+    last_reads=None,  # words come before the picture
     sizes=Geometry(vae_factor=16, channels=64, patch=1),
 )

@@ -25,7 +25,7 @@ def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
     A family may run its samples one after the other; together they are the B of the batch.
     """
     seen: list[Tensor] = []
-    if not wanted:
+    if not wanted or flow.family.last_reads is None:
         yield seen
         return
     last = flow.net.get_submodule(flow.family.last)
@@ -38,6 +38,7 @@ def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
 
 def rows_of_picture(flow: PixelFlow, read: Tensor, num_tokens: int) -> Tensor:
     """(B, N, F) of what the last map reads: one row per token of the picture."""
+    assert flow.family.last_reads is not None, "nothing was kept"
     read = flow.family.last_reads(read)
     if read.ndim != 3 or read.shape[1] < num_tokens:
         raise BadRecipe(

@@ -131,7 +131,7 @@ class TrainingStep(nn.Module):
             loss = loss + perceptual
         values, count = sums_by_level(loss.detach(), good, sigma, NUM_LEVELS)
         sums |= {"loss_by_sigma": values, "num_by_sigma": count}
-        if batch.measures:
+        if read:
             sums |= self.variance_sums(batch, read, x_t, x0_hat, sigma, target, good)
         return (loss * good).sum(), sums
 

@@ -470,6 +470,9 @@ def test_the_gradients_of_the_last_map_are_those_of_autograd(name):
     world.batch.weight[3] = 0
     world.batch.measures = True
     _, sums = world.step()(world.batch)
+    if world.family.last_reads is None:
+        assert not any(name.startswith("gradient") for name in sums)
+        return
 
     path, one = f"{world.family.last}.weight", world
     for target, reduces in (("", True), ("_plain", False)):
