@@ -28,6 +28,7 @@ from asymlift.families.base import (
 from asymlift.families.text import padded_text, tokenizer_length
 
 LENGTH, MULTIPLE = 256, 8  # words of the longest prompt; the pipeline pads to a multiple
+WORDS = "encoder_hidden_states"
 SLOWEST = 10000.0  # the longest of the wave lengths of positions, over 2 pi
 
 
@@ -43,13 +44,16 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     q, usual = net.config.patch_size, net.config.sample_size  # latent cells of the usual side
     h, w = latent.shape[-2] // q, latent.shape[-1] // q
     stretch = math.sqrt(latent.shape[-2] * latent.shape[-1]) / usual
+    words = text[WORDS]
+    assert isinstance(words, Tensor)
+    own = net.time_caption_embed.caption_embedder[0].weight.dtype  # the norm takes no other
     out: Tensor = net(
         hidden_states=latent,
         timestep=time,
         image_rotary_emb=turns(net.head_dim, h, w, stretch, latent.device),
         cross_attention_kwargs={"base_sequence_length": (usual // 2) ** 2},
         return_dict=False,
-        **text,
+        **{**text, WORDS: words.to(own)},
     )[0]
     return out[:, : latent.shape[1]]
 
@@ -79,10 +83,7 @@ def encode_prompt(
         words, mask, *_ = pipeline.encode_prompt(
             prompt=list(prompts), do_classifier_free_guidance=False
         )
-    return [
-        {"encoder_hidden_states": one[written.bool()][:length]}
-        for one, written in zip(words, mask, strict=True)
-    ]
+    return [{WORDS: one[written.bool()][:length]} for one, written in zip(words, mask, strict=True)]
 
 
 LUMINA_NEXT = Family(
@@ -102,9 +103,9 @@ LUMINA_NEXT = Family(
     encode_latents=encode_scaled,
     decode_latents=decode_scaled,
     encode_prompt=encode_prompt,
-    collate=padded_text("encoder_hidden_states", "encoder_mask"),
+    collate=padded_text(WORDS, "encoder_mask"),
     text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "cross_attention_dim"))
+        WORDS: (length or LENGTH, setting(config, "cross_attention_dim"))
     },
     base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
     lora_targets=(

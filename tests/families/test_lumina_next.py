@@ -45,6 +45,15 @@ def test_its_blocks_are_run_again_all_the_same():
     assert len(runs) == 2 and net.layers[0].gate.grad.any()
 
 
+@torch.no_grad()
+def test_words_of_another_dtype_than_its_norm_are_cast():
+    """As a trunk in bf16 gets them under autocast; on a CPU the norm would refuse."""
+    net, text = tiny_transformer("lumina_next").bfloat16(), tiny_text("lumina_next", 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = FAMILY.run(net, torch.ones(1, 4, 4, 6), torch.ones(1), text)
+    assert out.isfinite().all()
+
+
 def test_a_length_that_is_no_multiple_of_eight_is_kept():
     """The pipeline's tokenizer would refuse it; its own length is as before."""
     pipeline = tiny_pipeline("lumina_next")
