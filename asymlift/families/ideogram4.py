@@ -3,7 +3,8 @@
 It counts time backwards. A second network of the pipeline, `unconditional_transformer`, which sees
 no text, is what its guidance is against; it is neither lifted nor trained. Guidance here is against
 the empty prompt, so the stock pipeline needs a second network of the lifted width. The pipeline
-spaces its levels by a logit-normal; of that we take the shift by resolution alone.
+spaces its levels by a logit-normal; of that we take the shift by resolution alone. What is
+published is in 8 or 4 bits: save it in bf16 first.
 B images, N = h w tokens, L text tokens (differing), C channels.
 """
 
