@@ -70,6 +70,7 @@ def group_of(folder: Path, limit: int, trouble: str) -> Group:
 
 def main() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     limit, troubles = int(sys.argv[1]), json.loads(sys.argv[2])
     with tempfile.TemporaryDirectory() as folder:
         groups = [group_of(Path(folder) / str(n), limit, t) for n, t in enumerate(troubles)]

@@ -28,6 +28,7 @@ TESTED = {
     "pydantic": "2.14.3",
     "pyyaml": "6.0.3",
     "einops": "0.8.2",
+    "jinja2": "3.1.6",
     "rich": "15.0.0",
     "typer": "0.29.1",
 }
