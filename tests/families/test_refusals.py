@@ -19,12 +19,6 @@ from asymlift.families.refusals import (
 from asymlift.runtime import third_party
 from tests.families.case import case_of
 
-# Could be ported, and nobody has said how yet; a family takes its class out of here.
-NOT_YET = {
-    "HiDreamImageTransformer2DModel",
-    "LuminaNextDiT2DModel",
-    "PRXTransformer2DModel",
-}
 PORTABLE = {family.transformer for family in FAMILIES.values()}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
@@ -47,7 +41,7 @@ def test_every_network_of_diffusers_that_makes_something_is_judged():
         and issubclass(kind, diffusers.ModelMixin)
         and not any(word in name for word in ("ControlNetModel", "Vae", "Decoder"))
     }
-    assert kinds <= CLASSES.keys() | PORTABLE | NOT_YET
+    assert kinds <= CLASSES.keys() | PORTABLE
     assert CLASSES.keys() <= set(dir(diffusers))
     assert PIPELINES.keys() <= set(dir(diffusers))
     assert {sign.transformer for sign in SIGNS} <= set(dir(diffusers))
