@@ -79,9 +79,7 @@ class OwnPipeline(DiffusionPipeline):
 
 
 def geometry(transformer: Config, vae: Config) -> Geometry:
-    return check_channels(
-        Geometry(FACTOR, vae["channels"], PATCH), transformer["in_channels"], "own"
-    )
+    return check_channels(Geometry(FACTOR, vae["channels"], PATCH), transformer["in_channels"])
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -132,7 +130,7 @@ FAMILY = Family(
     encode_prompt=encode_prompt,
     collate=padded_text("words", "mask"),
     text_shapes=lambda config, length: {"words": (length or LENGTH, config["words"])},
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    base_shift=plain_shift,
     lora_targets=("blocks.*.linear1", "blocks.*.linear2"),
     checkpoints=(),
     tier="easy",

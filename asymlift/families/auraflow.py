@@ -6,34 +6,16 @@ B images, L text tokens, C channels, q the latent patch.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.text import stack_text
+from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.text import encode_words, stack_text, words_of
 
 LENGTH = 256  # words that the pipeline pads a prompt to
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "auraflow")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -48,18 +30,6 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     return out
 
 
-@torch.no_grad()
-def encode_prompt(
-    pipeline: Any, prompts: Sequence[str], max_length: int | None = None
-) -> list[dict[str, Tensor]]:
-    """Embed each prompt, (L, width), zeros behind it included."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
-    words = pipeline.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance=False, **length
-    )[0]
-    return [{"encoder_hidden_states": one.clone()} for one in words]
-
-
 AURAFLOW = Family(
     name="auraflow",
     transformer="AuraFlowTransformer2DModel",
@@ -70,18 +40,16 @@ AURAFLOW = Family(
     order_in="c p q",
     order_out="p q c",
     sign=+1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c, "out_channels": c},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
     encode_latents=encode_scaled,
     decode_latents=decode_scaled,
-    encode_prompt=encode_prompt,
+    encode_prompt=encode_words,
     collate=stack_text,
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
-    },
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    text_shapes=words_of("encoder_hidden_states", "joint_attention_dim", LENGTH),
+    base_shift=plain_shift,
     lora_targets=(
         "joint_transformer_blocks.*.ff.*",  # linear_1, linear_2, out_projection
         "joint_transformer_blocks.*.ff_context.*",

@@ -8,9 +8,10 @@ from torch import Tensor
 from asymlift.families.base import Config, setting
 
 
-def vae_factor(config: Config) -> int:
-    """Return f: every level but the last halves the picture."""
-    return int(2 ** (len(setting(config, "encoder_block_out_channels")) - 1))
+def vae_sizes(config: Config) -> tuple[int, int]:
+    """Return f and C: every level but the last halves the picture."""
+    levels = len(setting(config, "encoder_block_out_channels"))
+    return int(2 ** (levels - 1)), setting(config, "latent_channels")
 
 
 @torch.no_grad()

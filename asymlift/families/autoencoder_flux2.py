@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asymlift.families import autoencoder_kl
 from asymlift.maths.patches import Order, image_to_tokens, tokens_to_image
 
 PATCH = 2  # latent cells, along one side
+vae_sizes = autoencoder_kl.vae_sizes  # by levels of the same kind
 
 
 @torch.no_grad()

@@ -11,9 +11,13 @@ from torch import Tensor
 from asymlift.families.base import Config, setting
 
 
-def vae_factor(config: Config) -> int:
-    """Return f: every level but the last halves the picture; Wan 2.2 first cuts it into patches."""
-    return int(2 ** len(setting(config, "temperal_downsample"))) * (config.get("patch_size") or 1)
+def vae_sizes(config: Config) -> tuple[int, int]:
+    """Return f and C: every level but the last halves the picture.
+
+    Wan 2.2 cuts it into patches first.
+    """
+    halved = int(2 ** len(setting(config, "temperal_downsample")))
+    return halved * (config.get("patch_size") or 1), setting(config, "z_dim")
 
 
 @torch.no_grad()

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asymlift.families.base import Config, setting
+
+
+def vae_sizes(config: Config) -> tuple[int, int]:
+    """Return f and C: every level but the last halves the picture."""
+    levels = len(setting(config, "block_out_channels"))
+    return int(2 ** (levels - 1)), setting(config, "latent_channels")
+
 
 @torch.no_grad()
 def encode_latents(vae: Any, image: Tensor) -> Tensor:

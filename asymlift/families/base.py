@@ -126,19 +126,29 @@ def setting(config: Config, key: str) -> Any:
     return config[key]
 
 
-def check_channels(geometry: Geometry, channels: int, family: str) -> Geometry:
-    """Return the geometry if a transformer with so many channels belongs to this VAE."""
-    if channels not in (geometry.channels, geometry.pixel_channels):
-        raise BadData(
-            f"{family}: the transformer reads {channels} channels, but its VAE writes "
-            f"{geometry.channels} ({geometry.pixel_channels} once lifted); take both from one model"
-        )
+def own_patches(
+    vae_sizes: Callable[[Config], tuple[int, int]],
+) -> Callable[[Config, Config], Geometry]:
+    """Return what reads the sizes of a transformer that cuts the latent map up by itself.
+
+    vae_sizes reads the VAE's factor and its channels, f and C.
+    """
+
+    def geometry(transformer: Config, vae: Config) -> Geometry:
+        sizes = Geometry(*vae_sizes(vae), setting(transformer, "patch_size"))
+        return check_channels(sizes, setting(transformer, "in_channels"))
+
     return geometry
 
 
-def vae_factor(config: Config) -> int:
-    """Return f of a convolutional VAE: every level but the last halves the picture."""
-    return int(2 ** (len(setting(config, "block_out_channels")) - 1))
+def check_channels(geometry: Geometry, channels: int) -> Geometry:
+    """Return the geometry if a transformer with so many channels belongs to this VAE."""
+    if channels not in (geometry.channels, geometry.pixel_channels):
+        raise BadData(
+            f"the transformer reads {channels} channels, but its VAE writes "
+            f"{geometry.channels} ({geometry.pixel_channels} once lifted); take both from one model"
+        )
+    return geometry
 
 
 def matching_modules(net: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -155,20 +165,23 @@ def matching_modules(net: nn.Module, patterns: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def plain_shift(config: Config) -> float:
+def plain_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the shift of a scheduler that shifts every resolution alike."""
-    return float(setting(config, "shift"))
+    return float(setting(scheduler, "shift"))
 
 
-def shift_from_mu(config: Config, mu: float) -> float:
+def shift_from_mu(scheduler: Config, mu: float) -> float:
     """Return the plain shift t -> shift t / (1 + (shift - 1) t) that a dynamic mu amounts to."""
-    return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+    return mu if scheduler.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
 
 
-def interpolated_shift(config: Config, num_tokens: int, *, max_shift: float) -> float:
-    """Return the time shift of a pipeline whose mu is a straight line in the number of tokens."""
-    if not config.get("use_dynamic_shifting", False):
-        return plain_shift(config)
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
-    return shift_from_mu(config, low + (high - low) * (num_tokens - few) / (many - few))
+def interpolated_shift(scheduler: Config, num_tokens: int) -> float:
+    """Return the time shift of a pipeline whose mu is a straight line in the number of tokens.
+
+    The numbers are those of the pipelines' `calculate_shift`, unless the scheduler has its own.
+    """
+    if not scheduler.get("use_dynamic_shifting", False):
+        return plain_shift(scheduler, num_tokens)
+    few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return shift_from_mu(scheduler, low + (high - low) * (num_tokens - few) / (many - few))

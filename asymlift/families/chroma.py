@@ -14,32 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_kl import decode_latents, encode_latents
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, setting
-from asymlift.families.packing import PATCH, grid_ids, packed_geometry
-from asymlift.families.text import stack_text
-from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.families.packing import PATCH, grid_ids, packed, run_packed
+from asymlift.families.targets import DOUBLE_BLOCKS, SINGLE_BLOCKS
+from asymlift.families.text import apart, at_most, stack_text, stacked
 
 LENGTH = 512  # words that the pipeline pads a prompt to
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
-    words, mask = text["encoder_hidden_states"], text["attention_mask"]
-    assert isinstance(words, Tensor) and isinstance(mask, Tensor)  # the padding stays
-    mask = torch.cat([mask, mask.new_ones(len(latent), h * w)], dim=1)
+    words, mask = stacked(text, "encoder_hidden_states"), stacked(text, "attention_mask")
+    pictures = grid_ids(latent)
+    mask = torch.cat([mask, mask.new_ones(len(latent), len(pictures))], dim=1)
     with _mask_in_checkpoints(net, mask):
-        out: Tensor = net(
-            hidden_states=image_to_tokens(latent, PATCH),
+        return run_packed(
+            net,
+            latent,
             encoder_hidden_states=words,
             timestep=time,
-            img_ids=grid_ids(h, w, device=latent.device),
+            img_ids=pictures,
             txt_ids=torch.zeros(words.shape[1], 3, device=latent.device),
             attention_mask=mask,
-            return_dict=False,
-        )[0]
-    return tokens_to_image(out, PATCH, (h, w))
+        )
 
 
 @contextmanager
@@ -69,25 +67,16 @@ def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt, (L, width), padding included, and the pipeline's mask, (L,)."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     words, _, mask, *_ = pipeline.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance=False, **length
+        prompt=list(prompts), do_classifier_free_guidance=False, **at_most(max_length)
     )
-    return [
-        {"encoder_hidden_states": one.clone(), "attention_mask": written.clone()}
-        for one, written in zip(words, mask, strict=True)
-    ]
+    return apart(encoder_hidden_states=words, attention_mask=mask)
 
 
 def text_shapes(config: Config, length: int | None) -> dict[str, tuple[int, ...]]:
     length = length or LENGTH
     width = setting(config, "joint_attention_dim")
     return {"encoder_hidden_states": (length, width), "attention_mask": (length,)}
-
-
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
 
 
 CHROMA = Family(
@@ -100,7 +89,7 @@ CHROMA = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=packed_geometry("chroma"),
+    geometry=packed(vae_sizes),
     channels=lambda c: {"in_channels": PATCH**2 * c, "out_channels": None},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
@@ -109,17 +98,8 @@ CHROMA = Family(
     encode_prompt=encode_prompt,
     collate=stack_text,
     text_shapes=text_shapes,
-    base_shift=base_shift,
-    lora_targets=(
-        "transformer_blocks.*.ff.net.0.proj",
-        "transformer_blocks.*.ff.net.2",
-        "transformer_blocks.*.ff_context.net.0.proj",
-        "transformer_blocks.*.ff_context.net.2",
-        "transformer_blocks.*.attn.to_out.0",
-        "single_transformer_blocks.*.proj_mlp",
-        "single_transformer_blocks.*.proj_out",
-        "distilled_guidance_layer.layers.*.linear_*",
-    ),
+    base_shift=interpolated_shift,
+    lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "distilled_guidance_layer.layers.*.linear_*"),
     checkpoints=("lodestones/Chroma1-HD", "lodestones/Chroma1-Base"),
     tier="easy",
     sizes=Geometry(vae_factor=8, channels=16, patch=2),

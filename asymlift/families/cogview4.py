@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled
+from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
 from asymlift.families.base import (
     Config,
     Family,
     Geometry,
     Text,
-    check_channels,
+    own_patches,
     plain_shift,
     setting,
     shift_from_mu,
-    vae_factor,
 )
-from asymlift.families.text import ragged_text
+from asymlift.families.text import at_most, ragged_text
 
 VAE_FACTOR = 8  # the model is told the picture's size in pixels
 LENGTH, MULTIPLE = 1024, 16  # words of the longest prompt; the pipeline pads to a multiple
@@ -34,11 +33,10 @@ LENGTH, MULTIPLE = 1024, 16  # words of the longest prompt; the pipeline pads to
 
 def geometry(transformer: Config, vae: Config) -> Geometry:
     """Read the sizes off the two configs."""
-    if vae_factor(vae) != VAE_FACTOR:
-        raise BadData(f"cogview4: the VAE scales down by {vae_factor(vae)}, not {VAE_FACTOR}")
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(VAE_FACTOR, setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "cogview4")
+    factor, _ = vae_sizes(vae)
+    if factor != VAE_FACTOR:
+        raise BadData(f"cogview4: the VAE scales down by {factor}, not {VAE_FACTOR}")
+    return own_patches(vae_sizes)(transformer, vae)
 
 
 def pipeline_mu(config: Config, num_tokens: int) -> float:
@@ -77,11 +75,10 @@ def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt, (L, width), alone: in a batch it would depend on the longest."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     return [
         {
             "encoder_hidden_states": pipeline.encode_prompt(
-                prompt=[prompt], do_classifier_free_guidance=False, **length
+                prompt=[prompt], do_classifier_free_guidance=False, **at_most(max_length)
             )[0][0].clone()
         }
         for prompt in prompts
@@ -91,7 +88,7 @@ def encode_prompt(
 def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the pipeline's time shift."""
     if not scheduler.get("use_dynamic_shifting", False):
-        return plain_shift(scheduler)
+        return plain_shift(scheduler, num_tokens)
     return shift_from_mu(scheduler, pipeline_mu(scheduler, num_tokens))
 
 

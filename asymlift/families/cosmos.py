@@ -8,14 +8,12 @@ without which diffusers does not build the pipeline (`pip install cosmos_guardra
 B images, L text tokens, C channels.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_factor
+from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import (
     Config,
     Family,
@@ -25,7 +23,7 @@ from asymlift.families.base import (
     plain_shift,
     setting,
 )
-from asymlift.families.text import stack_text
+from asymlift.families.text import encode_words, stack_text, words_of
 
 PATCH = 2
 LENGTH = 512  # words that the pipeline pads a prompt to
@@ -37,8 +35,7 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
     patch = list(setting(transformer, "patch_size"))
     if patch != [1, PATCH, PATCH]:
         raise BadData(f"cosmos: patch_size is {patch}, not {[1, PATCH, PATCH]}")
-    sizes = Geometry(vae_factor(vae), setting(vae, "z_dim"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels"), "cosmos")
+    return check_channels(Geometry(*vae_sizes(vae), PATCH), setting(transformer, "in_channels"))
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -53,22 +50,10 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     return out.squeeze(2)
 
 
-@torch.no_grad()
-def encode_prompt(
-    pipeline: Any, prompts: Sequence[str], max_length: int | None = None
-) -> list[dict[str, Tensor]]:
-    """Embed each prompt, (L, width), zeros behind it included."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
-    words, _ = pipeline.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance=False, **length
-    )
-    return [{"encoder_hidden_states": one.clone()} for one in words]
-
-
 def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the shift that has the middle one of Karras' levels, which no shift has all of."""
     if not scheduler.get("use_karras_sigmas", False):
-        return plain_shift(scheduler)
+        return plain_shift(scheduler, num_tokens)
     ends = (scheduler.get("sigma_max") or MOST, scheduler.get("sigma_min") or LEAST)
     return float((sum(end ** (1 / RHO) for end in ends) / 2) ** RHO)
 
@@ -89,11 +74,9 @@ COSMOS = Family(
     run=run,
     encode_latents=encode_latents,
     decode_latents=decode_latents,
-    encode_prompt=encode_prompt,
+    encode_prompt=encode_words,
     collate=stack_text,
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "text_embed_dim"))
-    },
+    text_shapes=words_of("encoder_hidden_states", "text_embed_dim", LENGTH),
     base_shift=base_shift,
     lora_targets=(
         "transformer_blocks.*.ff.net.0.proj",

@@ -12,27 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.text import Sample, padded_text
+from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, plain_shift
+from asymlift.families.packing import packed
+from asymlift.families.text import Sample, padded_text, stacked, words_of
 
 LENGTH = 1024  # words of a long caption; the pipeline itself cuts nothing off
 EPS = 1e-5  # the pipeline's, whatever the VAE's config says
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels") // PATCH**2, "ernie")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -57,9 +43,7 @@ def encode_prompt(
 def collate(samples: Sequence[Sample]) -> Text:
     """Pad to the longest prompt, and say how long each is."""
     text = padded_text("text_bth", "written")(samples)
-    written = text.pop("written")
-    assert isinstance(written, Tensor)
-    return {**text, "text_lens": written.sum(dim=1)}
+    return {"text_bth": text["text_bth"], "text_lens": stacked(text, "written").sum(dim=1)}
 
 
 ERNIE = Family(
@@ -72,7 +56,7 @@ ERNIE = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=geometry,
+    geometry=packed(vae_sizes),
     channels=lambda c: {"in_channels": PATCH**2 * c, "out_channels": PATCH**2 * c},
     time=lambda tau, num_tokens: 1000 * tau,
     run=run,
@@ -80,10 +64,8 @@ ERNIE = Family(
     decode_latents=partial(decode_latents, eps=EPS),
     encode_prompt=encode_prompt,
     collate=collate,
-    text_shapes=lambda config, length: {
-        "text_bth": (length or LENGTH, setting(config, "text_in_dim"))
-    },
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    text_shapes=words_of("text_bth", "text_in_dim", LENGTH),
+    base_shift=plain_shift,
     lora_targets=(
         "layers.*.mlp.*",  # gate_proj, up_proj, linear_fc2
         "layers.*.self_attention.to_out.0",

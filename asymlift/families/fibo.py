@@ -11,18 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_factor
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    interpolated_shift,
-    setting,
-)
-from asymlift.families.packing import grid_ids
-from asymlift.families.text import dtype_without_transformer, padded_text
+from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, interpolated_shift, setting
+from asymlift.families.packing import grid_ids, packed
+from asymlift.families.targets import DOUBLE_BLOCKS, SINGLE_BLOCKS
+from asymlift.families.text import at_most, dtype_without_transformer, padded_text, stacked
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 PATCH = 1  # the pipeline's default, `do_patching=False`
@@ -30,17 +23,10 @@ LENGTH = 3000  # words of the longest prompt
 LAYERS = 37  # of SmolLM3-3B, the embedding included
 
 
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    sizes = Geometry(vae_factor(vae), setting(vae, "z_dim"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels"), "fibo")
-
-
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h, w), time (B,) -> raw output, same shape."""
     h, w = latent.shape[-2:]
-    states, written = text["text_layers"], text["text_mask"]
-    assert isinstance(states, Tensor) and isinstance(written, Tensor)
+    states, written = stacked(text, "text_layers"), stacked(text, "text_mask")
     layers = list(states.unbind(2))  # K of (B, L, width)
     num_blocks = len(net.transformer_blocks) + len(net.single_transformer_blocks)
     repeated = [layers[-1]] * (num_blocks - len(layers))
@@ -50,7 +36,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
         encoder_hidden_states=torch.cat([layers[-1], layers[-2]], dim=-1),
         text_encoder_layers=(layers + repeated)[-num_blocks:],
         timestep=time,
-        img_ids=grid_ids(h, w, device=latent.device),
+        img_ids=grid_ids(latent, patch=PATCH),
         txt_ids=torch.zeros(states.shape[1], 3, device=latent.device),
         joint_attention_kwargs={"attention_mask": mask},
         return_dict=False,
@@ -63,18 +49,12 @@ def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt alone, (L, K, width): in a batch, an empty one would grow."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     with dtype_without_transformer(pipeline):
         layers = [
-            pipeline.encode_prompt(prompt=[prompt], guidance_scale=1, **length)[5]
+            pipeline.encode_prompt(prompt=[prompt], guidance_scale=1, **at_most(max_length))[5]
             for prompt in prompts
         ]
     return [{"text_layers": torch.stack(one, dim=2)[0]} for one in layers]
-
-
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
 
 
 FIBO = Family(
@@ -87,7 +67,7 @@ FIBO = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=geometry,
+    geometry=packed(vae_sizes, PATCH),
     channels=lambda c: {"in_channels": c},
     time=lambda tau, num_tokens: 1000 * tau,
     run=run,
@@ -98,17 +78,8 @@ FIBO = Family(
     text_shapes=lambda config, length: {
         "text_layers": (length or LENGTH, LAYERS, setting(config, "text_encoder_dim"))
     },
-    base_shift=base_shift,
-    lora_targets=(
-        "transformer_blocks.*.ff.net.0.proj",
-        "transformer_blocks.*.ff.net.2",
-        "transformer_blocks.*.ff_context.net.0.proj",
-        "transformer_blocks.*.ff_context.net.2",
-        "transformer_blocks.*.attn.to_out.0",
-        "single_transformer_blocks.*.proj_mlp",
-        "single_transformer_blocks.*.proj_out",
-        "time_embed.timestep_embedder.linear_*",
-    ),
+    base_shift=interpolated_shift,
+    lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "time_embed.timestep_embedder.linear_*"),
     checkpoints=("briaai/FIBO",),
     tier="easy",
     sizes=Geometry(vae_factor=16, channels=48, patch=1),

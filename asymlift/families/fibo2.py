@@ -16,27 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_flux2 import decode_latents, encode_latents
+from asymlift.families.autoencoder_flux2 import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import (
     Config,
     Family,
     Geometry,
     Text,
-    check_channels,
     interpolated_shift,
+    own_patches,
     setting,
-    vae_factor,
 )
 from asymlift.families.text import ragged_text, tokenizer_length
 
 LENGTH = 4096  # words of the longest prompt
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "fibo2")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -79,11 +71,6 @@ def text_shapes(config: Config, length: int | None) -> dict[str, tuple[int, ...]
     return {"encoder_hidden_states": (length or LENGTH, num_bundles, width)}
 
 
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
-
-
 FIBO2 = Family(
     name="fibo2",
     transformer="BriaFibo2Transformer2DModel",
@@ -94,7 +81,7 @@ FIBO2 = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
@@ -103,7 +90,7 @@ FIBO2 = Family(
     encode_prompt=encode_prompt,
     collate=ragged_text,
     text_shapes=text_shapes,
-    base_shift=base_shift,
+    base_shift=interpolated_shift,
     lora_targets=(
         "layers.*.feed_forward.w*",  # w1, w2, w3
         "layers.*.attention.to_out.0",

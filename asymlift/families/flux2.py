@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-    shift_from_mu,
-    vae_factor,
-)
-from asymlift.families.text import stack_text
+from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Config, Family, Geometry, Text, plain_shift, shift_from_mu
+from asymlift.families.packing import packed
+from asymlift.families.text import apart, at_most, stack_text, stacked, words_of
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 DISTILLED_GUIDANCE = 4.0  # the pipeline's default for dev, which is told its guidance scale
@@ -34,15 +25,13 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
     """Read the sizes off the two configs; the VAE has the patch too, as it normalises patches."""
     if tuple(vae.get("patch_size", (PATCH, PATCH))) != (PATCH, PATCH):
         raise BadData(f"flux2: the VAE's patch_size is {vae['patch_size']}, not {[PATCH, PATCH]}")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels") // PATCH**2, "flux2")
+    return packed(vae_sizes)(transformer, vae)
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
     h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
-    words = text["encoder_hidden_states"]
-    assert isinstance(words, Tensor)  # FLUX.2 attends to its padding, so nothing is ragged
+    words = stacked(text, "encoder_hidden_states")
     guidance = text.get("guidance")
     if guidance is None and net.config.guidance_embeds:
         guidance = torch.full_like(time, DISTILLED_GUIDANCE)
@@ -65,15 +54,14 @@ def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt, (L, width). The model attends to the padding, so it stays."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
-    embeddings, _ = pipeline.encode_prompt(prompt=list(prompts), **length)
-    return [{"encoder_hidden_states": one.clone()} for one in embeddings]
+    words, _ = pipeline.encode_prompt(prompt=list(prompts), **at_most(max_length))
+    return apart(encoder_hidden_states=words)
 
 
 def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the pipeline's time shift; its mu was fitted by its authors at 10 and 200 steps."""
     if not scheduler.get("use_dynamic_shifting", False):
-        return plain_shift(scheduler)
+        return plain_shift(scheduler, num_tokens)
     mu_200 = 0.00016927 * num_tokens + 0.45666666
     mu_10 = 8.73809524e-05 * num_tokens + 1.89833333
     mu = mu_200 + (mu_10 - mu_200) * (200 - DEFAULT_STEPS) / 190
@@ -98,9 +86,7 @@ FLUX2 = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=stack_text,
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
-    },
+    text_shapes=words_of("encoder_hidden_states", "joint_attention_dim", LENGTH),
     base_shift=base_shift,
     lora_targets=(  # as published
         "transformer_blocks.*.ff.linear_in",

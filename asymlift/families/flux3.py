@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_flux2 import decode_latents, encode_latents
-from asymlift.families.base import Config, Family, Geometry, Text, plain_shift, setting
-from asymlift.families.packing import PATCH, grid_ids, packed_geometry
-from asymlift.families.text import ragged_text
+from asymlift.families.autoencoder_flux2 import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Config, Family, Geometry, Text, plain_shift
+from asymlift.families.packing import PATCH, grid_ids, grid_of, packed
+from asymlift.families.text import at_most, ragged_text, words_of
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 IDS_PER_TOKEN = 0.5  # of rows and columns, `image_rope_scale` of the pipeline's blocks
@@ -31,14 +31,13 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
             "flux3: this transformer is a flow map, told two times, and cannot be lifted; "
             "take the model that it was distilled from"
         )
-    return packed_geometry("flux3")(transformer, vae)
+    return packed(vae_sizes)(transformer, vae)
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass per sample. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
     tokens = image_to_tokens(latent, PATCH)
-    places = IDS_PER_TOKEN * grid_ids(h, w, axes=4, device=latent.device)
+    places = IDS_PER_TOKEN * grid_ids(latent, axes=4)
     out = []
     for picture, words, t in zip(tokens, text["encoder_hidden_states"], time, strict=True):
         line = torch.zeros(len(words), 4, device=latent.device)
@@ -51,7 +50,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
             txt_ids=line,
             return_dict=False,
         )
-    return tokens_to_image(torch.cat(out), PATCH, (h, w))
+    return tokens_to_image(torch.cat(out), PATCH, grid_of(latent))
 
 
 @torch.no_grad()
@@ -61,9 +60,12 @@ def encode_prompt(
     """Embed each prompt as it is written, (L, width), with the pipeline's own block."""
     encoder = pipeline.blocks.sub_blocks["text_encoder"].init_pipeline()
     encoder.update_components(text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     return [
-        {"encoder_hidden_states": encoder(prompt=prompt, **length).prompt_embeds[0].clone()}
+        {
+            "encoder_hidden_states": encoder(prompt=prompt, **at_most(max_length))
+            .prompt_embeds[0]
+            .clone()
+        }
         for prompt in prompts
     ]
 
@@ -86,10 +88,8 @@ FLUX3 = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=ragged_text,
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
-    },
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    text_shapes=words_of("encoder_hidden_states", "joint_attention_dim", LENGTH),
+    base_shift=plain_shift,
     lora_targets=(
         "mode_blocks.image.*.ff.linear_*",
         "mode_blocks.image.*.attn.to_out.0",

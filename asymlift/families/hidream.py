@@ -14,28 +14,20 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData, Unavailable
-from asymlift.families.autoencoder_kl import decode_latents, encode_latents
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import (
     Config,
     Family,
     Geometry,
     Text,
-    check_channels,
     interpolated_shift,
+    own_patches,
     setting,
-    vae_factor,
 )
-from asymlift.families.text import stack_text
+from asymlift.families.text import at_most, stack_text, stacked
 
 LENGTH = 128  # words that the pipeline pads a prompt to
 T5, LLAMA, SUMMARY = "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "hidream")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -46,8 +38,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
             f"hidream: a picture of {h} x {w} tokens is too large, as this model knows "
             f"{net.max_seq} of one that is no square; use smaller pictures"
         )
-    layers = text[LLAMA]
-    assert isinstance(layers, Tensor)
+    layers = stacked(text, LLAMA)
     with _answering_pictures(net):
         out: Tensor = net(
             hidden_states=latent,
@@ -81,9 +72,8 @@ def encode_prompt(
             "hidream: this folder has no Llama (text_encoder_4 and tokenizer_4); make a pipeline "
             "with Llama 3.1 8B Instruct, and save it with `save_pretrained`"
         )
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     words, _, layers, _, summaries, _ = pipeline.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance=False, **length
+        prompt=list(prompts), do_classifier_free_guidance=False, **at_most(max_length)
     )
     return [
         {T5: words[i].clone(), LLAMA: layers[:, i].clone(), SUMMARY: summaries[i].clone()}
@@ -101,11 +91,6 @@ def text_shapes(config: Config, length: int | None) -> dict[str, tuple[int, ...]
     }
 
 
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift; it draws pictures of the most tokens only."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
-
-
 HIDREAM = Family(
     name="hidream",
     transformer="HiDreamImageTransformer2DModel",
@@ -116,7 +101,7 @@ HIDREAM = Family(
     order_in="p q c",
     order_out="p q c",
     sign=-1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c, "out_channels": c},
     time=lambda tau, num_tokens: 1000 * tau,
     run=run,
@@ -125,7 +110,7 @@ HIDREAM = Family(
     encode_prompt=encode_prompt,
     collate=stack_text,
     text_shapes=text_shapes,
-    base_shift=base_shift,
+    base_shift=interpolated_shift,
     lora_targets=(  # of the experts, the one that all tokens pass
         "*_stream_blocks.*.block.ff_i.shared_experts.w*",
         "double_stream_blocks.*.block.ff_t.w*",

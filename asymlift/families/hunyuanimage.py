@@ -23,7 +23,8 @@ from asymlift.families.base import (
     plain_shift,
     setting,
 )
-from asymlift.families.text import Sample, padded_text
+from asymlift.families.targets import DOUBLE_BLOCKS, SINGLE_BLOCKS
+from asymlift.families.text import Sample, padded_text, stacked
 
 LENGTH, GLYPHS = 1000, 128  # words, and letters to draw, of the longest prompt
 WORDS = "encoder_hidden_states"
@@ -41,14 +42,12 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
         raise BadData("hunyuanimage: this model reads no letters to draw; take HunyuanImage 2.1")
     q = setting(transformer, "patch_size")[0]
     sizes = Geometry(setting(vae, "spatial_compression_ratio"), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "hunyuanimage")
+    return check_channels(sizes, setting(transformer, "in_channels"))
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    words, mask, glyphs, drawn = (text[key] for key in TEXT)
-    assert isinstance(words, Tensor) and isinstance(glyphs, Tensor)
-    assert isinstance(mask, Tensor) and isinstance(drawn, Tensor)
+    words, mask, glyphs, drawn = (stacked(text, key) for key in TEXT)
     with _glyphs_after_words(net, glyphs, words.shape[1]):
         out: Tensor = net(
             hidden_states=latent,
@@ -137,17 +136,8 @@ HUNYUANIMAGE = Family(
         WORDS: (length or LENGTH, setting(config, "text_embed_dim")),
         f"{WORDS}_2": (GLYPHS, setting(config, "text_embed_2_dim")),
     },
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
-    lora_targets=(
-        "transformer_blocks.*.ff.net.0.proj",
-        "transformer_blocks.*.ff.net.2",
-        "transformer_blocks.*.ff_context.net.0.proj",
-        "transformer_blocks.*.ff_context.net.2",
-        "transformer_blocks.*.attn.to_out.0",
-        "single_transformer_blocks.*.proj_mlp",
-        "single_transformer_blocks.*.proj_out",
-        "time_guidance_embed.timestep_embedder.linear_*",
-    ),
+    base_shift=plain_shift,
+    lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "time_guidance_embed.timestep_embedder.linear_*"),
     checkpoints=("hunyuanvideo-community/HunyuanImage-2.1-Diffusers",),
     sizes=Geometry(vae_factor=32, channels=64, patch=1),
     tier="free",

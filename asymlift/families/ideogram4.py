@@ -16,19 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.packing import grid_ids
-from asymlift.families.text import padded_text
+from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Config, Family, Geometry, Text, plain_shift
+from asymlift.families.packing import grid_ids, grid_of, packed
+from asymlift.families.text import padded_text, stacked, words_of
 from asymlift.maths.patches import Order, image_to_tokens, tokens_to_image
 
 ORDER: Order = "p q c"  # of the tokens, and of the VAE's statistics too
@@ -39,21 +30,14 @@ PICTURES_BEGIN = 65536  # the first position of a picture, on all three axes
 UNSHIFTED = 1024  # tokens of a picture that is not shifted: 512 x 512 pixels
 
 
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels") // PATCH**2, "ideogram4")
-
-
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
-    words, written = text["encoder_hidden_states"], text["encoder_attention_mask"]
-    assert isinstance(words, Tensor) and isinstance(written, Tensor)
+    h, w = grid_of(latent)
+    words, written = stacked(text, "encoder_hidden_states"), stacked(text, "encoder_attention_mask")
     tokens, num_words = image_to_tokens(latent, PATCH, ORDER), words.shape[1]
 
     places = (written.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, 3)
-    grid = (grid_ids(h, w, device=latent.device).long() + PICTURES_BEGIN).expand(len(latent), -1, 3)
+    grid = (grid_ids(latent).long() + PICTURES_BEGIN).expand(len(latent), -1, 3)
     pictures = torch.ones(tokens.shape[:2], dtype=torch.long, device=latent.device)
     out: Tensor = net(
         hidden_states=_behind(tokens.new_zeros(len(tokens), num_words, tokens.shape[2]), tokens),
@@ -97,7 +81,7 @@ def encode_prompt(
 
 def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the scheduler's time shift, times the pipeline's own: by the side of the picture."""
-    return plain_shift(scheduler) * math.sqrt(num_tokens / UNSHIFTED)
+    return plain_shift(scheduler, num_tokens) * math.sqrt(num_tokens / UNSHIFTED)
 
 
 IDEOGRAM4 = Family(
@@ -110,7 +94,7 @@ IDEOGRAM4 = Family(
     order_in=ORDER,
     order_out=ORDER,
     sign=-1,
-    geometry=geometry,
+    geometry=packed(vae_sizes),
     channels=lambda c: {"in_channels": PATCH**2 * c},
     time=lambda tau, num_tokens: 1 - tau,
     run=run,
@@ -118,9 +102,7 @@ IDEOGRAM4 = Family(
     decode_latents=partial(decode_latents, order=ORDER),
     encode_prompt=encode_prompt,
     collate=padded_text("encoder_hidden_states", "encoder_attention_mask"),
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "llm_features_dim"))
-    },
+    text_shapes=words_of("encoder_hidden_states", "llm_features_dim", LENGTH),
     base_shift=base_shift,
     lora_targets=(
         "layers.*.feed_forward.w*",  # w1, w2, w3

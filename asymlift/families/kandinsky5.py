@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled
+from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
 from asymlift.families.base import (
     Config,
     Family,
@@ -22,9 +22,8 @@ from asymlift.families.base import (
     check_channels,
     plain_shift,
     setting,
-    vae_factor,
 )
-from asymlift.families.text import Sample, ragged_text, stack_text
+from asymlift.families.text import Sample, at_most, ragged_text, stack_text
 
 LENGTH = 512  # words of the longest prompt
 WORDS, SUMMARY = "encoder_hidden_states", "pooled_projections"
@@ -37,8 +36,8 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
     frames, q, _ = setting(transformer, "patch_size")
     if frames != 1:
         raise BadData(f"kandinsky5: a token is {frames} frames, but a picture is one")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_visual_dim"), "kandinsky5")
+    sizes = Geometry(*vae_sizes(vae), q)
+    return check_channels(sizes, setting(transformer, "in_visual_dim"))
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -84,10 +83,9 @@ def encode_prompt(
 
     In a batch the words would see the padding, which the pipeline does not hide.
     """
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     samples = []
     for prompt in prompts:
-        words, summary, _ = pipeline.encode_prompt(prompt=[prompt], **length)
+        words, summary, _ = pipeline.encode_prompt(prompt=[prompt], **at_most(max_length))
         samples.append({WORDS: words[0].clone(), SUMMARY: summary[0].clone()})
     return samples
 
@@ -120,7 +118,7 @@ KANDINSKY5 = Family(
         WORDS: (length or LENGTH, setting(config, "in_text_dim")),
         SUMMARY: (setting(config, "in_text_dim2"),),
     },
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    base_shift=plain_shift,
     lora_targets=(
         "*_transformer_blocks.*.feed_forward.*_layer",
         "*_transformer_blocks.*_attention.out_layer",

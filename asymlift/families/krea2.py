@@ -11,44 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_factor
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    interpolated_shift,
-    setting,
-)
-from asymlift.families.packing import PATCH, grid_ids
-from asymlift.families.text import padded_text
-from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, setting
+from asymlift.families.packing import PATCH, grid_ids, packed, run_packed
+from asymlift.families.text import at_most, padded_text, stacked
 
 LENGTH = 512  # words of the longest prompt
 MANY_TOKENS = 6400  # of a picture that is shifted most, unless the scheduler says
 
 
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    sizes = Geometry(vae_factor(vae), setting(vae, "z_dim"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels") // PATCH**2, "krea2")
-
-
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
-    words = text["encoder_hidden_states"]
-    assert isinstance(words, Tensor)
-    places = grid_ids(h, w, device=latent.device)
-    out: Tensor = net(
-        hidden_states=image_to_tokens(latent, PATCH),
+    words = stacked(text, "encoder_hidden_states")
+    places = grid_ids(latent)
+    return run_packed(
+        net,
+        latent,
         timestep=time,
         position_ids=torch.cat([places.new_zeros(words.shape[1], 3), places]),
-        return_dict=False,
         **text,
-    )[0]
-    return tokens_to_image(out, PATCH, (h, w))
+    )
 
 
 @torch.no_grad()
@@ -56,8 +38,7 @@ def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt, (L, K, width), without the padding in its midst, so L differs."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
-    layers, mask = pipeline.encode_prompt(prompt=list(prompts), **length)
+    layers, mask = pipeline.encode_prompt(prompt=list(prompts), **at_most(max_length))
     return [
         {"encoder_hidden_states": one[written]} for one, written in zip(layers, mask, strict=True)
     ]
@@ -70,9 +51,7 @@ def text_shapes(config: Config, length: int | None) -> dict[str, tuple[int, ...]
 
 def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the pipeline's time shift."""
-    return interpolated_shift(
-        {"max_image_seq_len": MANY_TOKENS, **scheduler}, num_tokens, max_shift=1.15
-    )
+    return interpolated_shift({"max_image_seq_len": MANY_TOKENS, **scheduler}, num_tokens)
 
 
 KREA2 = Family(
@@ -85,7 +64,7 @@ KREA2 = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=geometry,
+    geometry=packed(vae_sizes),
     channels=lambda c: {"in_channels": PATCH**2 * c},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,

@@ -12,30 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_kl import decode_latents, encode_latents
-from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, setting
-from asymlift.families.packing import PATCH, diagonal_ids, grid_ids, packed_geometry
-from asymlift.families.text import stack_text, tokenizer_length
-from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, interpolated_shift
+from asymlift.families.packing import PATCH, diagonal_ids, grid_ids, packed, run_packed
+from asymlift.families.targets import DOUBLE_BLOCKS, SINGLE_BLOCKS
+from asymlift.families.text import apart, stack_text, stacked, tokenizer_length, words_of
 
 LENGTH = 512  # words that the pipeline pads a prompt to; the picture's first position
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
-    words = text["encoder_hidden_states"]
-    assert isinstance(words, Tensor)
+    words = stacked(text, "encoder_hidden_states")
     corner = torch.tensor([1, LENGTH, LENGTH], device=latent.device)  # 1: a picture, not words
-    out: Tensor = net(
-        hidden_states=image_to_tokens(latent, PATCH),
+    return run_packed(
+        net,
+        latent,
         encoder_hidden_states=words,
         timestep=time,
-        img_ids=corner + grid_ids(h, w, device=latent.device),
+        img_ids=corner + grid_ids(latent),
         txt_ids=diagonal_ids(words.shape[1], device=latent.device),
-        return_dict=False,
-    )[0]
-    return tokens_to_image(out, PATCH, (h, w))
+    )
 
 
 @torch.no_grad()
@@ -45,12 +42,7 @@ def encode_prompt(
     """Embed each prompt, (L, width)."""
     with tokenizer_length(pipeline, max_length):
         words, _ = pipeline.encode_prompt(prompt=list(prompts))
-    return [{"encoder_hidden_states": one.clone()} for one in words]
-
-
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
+    return apart(encoder_hidden_states=words)
 
 
 LONGCAT = Family(
@@ -63,7 +55,7 @@ LONGCAT = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=packed_geometry("longcat"),
+    geometry=packed(vae_sizes),
     channels=lambda c: {"in_channels": PATCH**2 * c},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
@@ -71,20 +63,9 @@ LONGCAT = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=stack_text,
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
-    },
-    base_shift=base_shift,
-    lora_targets=(
-        "transformer_blocks.*.ff.net.0.proj",
-        "transformer_blocks.*.ff.net.2",
-        "transformer_blocks.*.ff_context.net.0.proj",
-        "transformer_blocks.*.ff_context.net.2",
-        "transformer_blocks.*.attn.to_out.0",
-        "single_transformer_blocks.*.proj_mlp",
-        "single_transformer_blocks.*.proj_out",
-        "time_embed.timestep_embedder.linear_*",
-    ),
+    text_shapes=words_of("encoder_hidden_states", "joint_attention_dim", LENGTH),
+    base_shift=interpolated_shift,
+    lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "time_embed.timestep_embedder.linear_*"),
     checkpoints=("meituan-longcat/LongCat-Image", "meituan-longcat/LongCat-Image-Dev"),
     tier="free",
     sizes=Geometry(vae_factor=8, channels=16, patch=2),

@@ -13,34 +13,17 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_kl import decode_latents, encode_latents
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    interpolated_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.text import padded_text
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, own_patches
+from asymlift.families.text import at_most, padded_text, stacked, words_of
 
 CHANNELS = 16  # of published latents: the pipeline's shift counts them instead of tokens
 LENGTH = 256  # words of the longest prompt
 
 
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "lumina2")
-
-
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    words = text["encoder_hidden_states"]
-    assert isinstance(words, Tensor)
+    words = stacked(text, "encoder_hidden_states")
     h, w = (side // net.config.patch_size for side in latent.shape[-2:])
     # the picture stands right behind the words
     for kind, last, most in zip(
@@ -63,9 +46,8 @@ def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt, (L, width), without padding, so L differs."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     *written, empty, empty_mask = pipeline.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance="" in prompts, **length
+        prompt=list(prompts), do_classifier_free_guidance="" in prompts, **at_most(max_length)
     )
     samples = []
     for i, prompt in enumerate(prompts):
@@ -76,7 +58,7 @@ def encode_prompt(
 
 def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the pipeline's time shift: 6 in the published checkpoint, the same for all sizes."""
-    return interpolated_shift(scheduler, CHANNELS, max_shift=1.15)
+    return interpolated_shift(scheduler, CHANNELS)
 
 
 LUMINA2 = Family(
@@ -89,7 +71,7 @@ LUMINA2 = Family(
     order_in="p q c",
     order_out="p q c",
     sign=-1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c, "out_channels": None},
     time=lambda tau, num_tokens: 1 - tau,  # not 1000 times that
     run=run,
@@ -97,9 +79,7 @@ LUMINA2 = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=padded_text("encoder_hidden_states", "encoder_attention_mask"),
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "cap_feat_dim"))
-    },
+    text_shapes=words_of("encoder_hidden_states", "cap_feat_dim", LENGTH),
     base_shift=base_shift,
     lora_targets=(
         "layers.*.feed_forward.linear_*",  # 1, 2, 3

@@ -14,29 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.text import padded_text, tokenizer_length
+from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.text import padded_text, stacked, tokenizer_length, words_of
 
 LENGTH, MULTIPLE = 256, 8  # words of the longest prompt; the pipeline pads to a multiple
 WORDS = "encoder_hidden_states"
 SLOWEST = 10000.0  # the longest of the wave lengths of positions, over 2 pi
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "lumina_next")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -44,8 +28,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     q, usual = net.config.patch_size, net.config.sample_size  # latent cells of the usual side
     h, w = latent.shape[-2] // q, latent.shape[-1] // q
     stretch = math.sqrt(latent.shape[-2] * latent.shape[-1]) / usual
-    words = text[WORDS]
-    assert isinstance(words, Tensor)
+    words = stacked(text, WORDS)
     own = net.time_caption_embed.caption_embedder[0].weight.dtype  # the norm takes no other
     out: Tensor = net(
         hidden_states=latent,
@@ -96,7 +79,7 @@ LUMINA_NEXT = Family(
     order_in="c p q",
     order_out="p q c",
     sign=-1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c, "learn_sigma": False},
     time=lambda tau, num_tokens: 1 - tau,  # not 1000 times that
     run=run,
@@ -104,10 +87,8 @@ LUMINA_NEXT = Family(
     decode_latents=decode_scaled,
     encode_prompt=encode_prompt,
     collate=padded_text(WORDS, "encoder_mask"),
-    text_shapes=lambda config, length: {
-        WORDS: (length or LENGTH, setting(config, "cross_attention_dim"))
-    },
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    text_shapes=words_of(WORDS, "cross_attention_dim", LENGTH),
+    base_shift=plain_shift,
     lora_targets=(
         "layers.*.feed_forward.linear_*",  # 1, 2, 3
         "layers.*.attn2.to_out.0",  # of both attentions

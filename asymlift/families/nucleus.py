@@ -12,41 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_factor
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    interpolated_shift,
-    setting,
-)
-from asymlift.families.packing import PATCH
-from asymlift.families.text import padded_text
-from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, interpolated_shift
+from asymlift.families.packing import PATCH, grid_of, packed, run_packed
+from asymlift.families.text import padded_text, words_of
 
 LENGTH, MULTIPLE = 1024, 8  # words of the longest prompt; the pipeline pads to a multiple
 
 
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    sizes = Geometry(vae_factor(vae), setting(vae, "z_dim"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels") // PATCH**2, "nucleus")
-
-
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
+    grid = (1, *grid_of(latent))  # one frame
     _feed_experts_one_type(net)
-    out: Tensor = net(
-        hidden_states=image_to_tokens(latent, PATCH),
-        timestep=time,
-        img_shapes=[(1, h, w)] * len(latent),
-        return_dict=False,
-        **text,
-    )[0]
-    return tokens_to_image(out, PATCH, (h, w))
+    return run_packed(net, latent, timestep=time, img_shapes=[grid] * len(latent), **text)
 
 
 def _feed_experts_one_type(net: Any) -> None:
@@ -86,11 +64,6 @@ def encode_prompt(
     ]
 
 
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
-
-
 NUCLEUS = Family(
     name="nucleus",
     transformer="NucleusMoEImageTransformer2DModel",
@@ -101,7 +74,7 @@ NUCLEUS = Family(
     order_in="c p q",
     order_out="c p q",
     sign=-1,
-    geometry=geometry,
+    geometry=packed(vae_sizes),
     channels=lambda c: {"in_channels": PATCH**2 * c, "out_channels": c},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
@@ -109,10 +82,8 @@ NUCLEUS = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=padded_text("encoder_hidden_states", "encoder_hidden_states_mask"),
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
-    },
-    base_shift=base_shift,
+    text_shapes=words_of("encoder_hidden_states", "joint_attention_dim", LENGTH),
+    base_shift=interpolated_shift,
     lora_targets=(  # not the experts, whose weights are no linear layers
         "transformer_blocks.*.img_mlp.net.*",  # of blocks without experts
         "transformer_blocks.*.img_mlp.shared_expert.net.*",

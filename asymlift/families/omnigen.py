@@ -15,33 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.text import padded_text
+from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.text import padded_text, stacked
 
 LENGTH = 512  # tokens that a prompt is taken to have at most; nothing cuts it
 
 
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "omnigen")
-
-
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    ids, written = text["input_ids"], text["written"]
-    assert isinstance(ids, Tensor) and isinstance(written, Tensor)
+    ids, written = stacked(text, "input_ids"), stacked(text, "written")
     num = latent.shape[-2] * latent.shape[-1] // net.config.patch_size**2
     mask = attention_mask(written.bool(), num)
     if "forward" not in vars(net.rope):
@@ -109,7 +92,7 @@ OMNIGEN = Family(
     order_in="c p q",
     order_out="p q c",
     sign=-1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c},
     time=lambda tau, num_tokens: 1 - tau,
     run=run,
@@ -118,7 +101,7 @@ OMNIGEN = Family(
     encode_prompt=encode_prompt,
     collate=padded_text("input_ids", "written", side="left"),
     text_shapes=lambda config, length: {"input_ids": (length or LENGTH,)},
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    base_shift=plain_shift,
     lora_targets=(
         "layers.*.mlp.*",  # gate_up_proj, down_proj
         "layers.*.self_attn.to_out.0",

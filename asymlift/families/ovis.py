@@ -4,52 +4,30 @@ Words have positions, on a diagonal; the model attends to their padding, which i
 B images, N = h w tokens, L text tokens, C channels.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from asymlift.families.autoencoder_kl import decode_latents, encode_latents
-from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, setting
-from asymlift.families.packing import PATCH, diagonal_ids, grid_ids, packed_geometry
-from asymlift.families.text import stack_text
-from asymlift.maths.patches import image_to_tokens, tokens_to_image
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, interpolated_shift
+from asymlift.families.packing import PATCH, diagonal_ids, grid_ids, packed, run_packed
+from asymlift.families.targets import DOUBLE_BLOCKS, SINGLE_BLOCKS
+from asymlift.families.text import encode_words, stack_text, stacked, words_of
 
 LENGTH = 256  # words that the pipeline pads a prompt to
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
-    words = text["encoder_hidden_states"]
-    assert isinstance(words, Tensor)
-    out: Tensor = net(
-        hidden_states=image_to_tokens(latent, PATCH),
+    words = stacked(text, "encoder_hidden_states")
+    return run_packed(
+        net,
+        latent,
         encoder_hidden_states=words,
         timestep=time,
-        img_ids=grid_ids(h, w, device=latent.device),
+        img_ids=grid_ids(latent),
         txt_ids=diagonal_ids(words.shape[1], device=latent.device),
-        return_dict=False,
-    )[0]
-    return tokens_to_image(out, PATCH, (h, w))
-
-
-@torch.no_grad()
-def encode_prompt(
-    pipeline: Any, prompts: Sequence[str], max_length: int | None = None
-) -> list[dict[str, Tensor]]:
-    """Embed each prompt, (L, width), zeros behind it included."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
-    words = pipeline.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance=False, **length
-    )[0]
-    return [{"encoder_hidden_states": one.clone()} for one in words]
-
-
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
+    )
 
 
 OVIS = Family(
@@ -62,28 +40,17 @@ OVIS = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=packed_geometry("ovis"),
+    geometry=packed(vae_sizes),
     channels=lambda c: {"in_channels": PATCH**2 * c, "out_channels": None},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
     encode_latents=encode_latents,
     decode_latents=decode_latents,
-    encode_prompt=encode_prompt,
+    encode_prompt=encode_words,
     collate=stack_text,
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "joint_attention_dim"))
-    },
-    base_shift=base_shift,
-    lora_targets=(
-        "transformer_blocks.*.ff.net.0.proj",
-        "transformer_blocks.*.ff.net.2",
-        "transformer_blocks.*.ff_context.net.0.proj",
-        "transformer_blocks.*.ff_context.net.2",
-        "transformer_blocks.*.attn.to_out.0",
-        "single_transformer_blocks.*.proj_mlp",
-        "single_transformer_blocks.*.proj_out",
-        "timestep_embedder.linear_*",
-    ),
+    text_shapes=words_of("encoder_hidden_states", "joint_attention_dim", LENGTH),
+    base_shift=interpolated_shift,
+    lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "timestep_embedder.linear_*"),
     checkpoints=("AIDC-AI/Ovis-Image-7B",),
     tier="free",
     sizes=Geometry(vae_factor=8, channels=16, patch=2),

@@ -15,27 +15,14 @@ from torch import Tensor
 
 from asymlift.errors import BadData
 from asymlift.families import autoencoder_frames
-from asymlift.families.autoencoder_frames import vae_factor
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    interpolated_shift,
-    setting,
-)
-from asymlift.families.text import ragged_text
+from asymlift.families.autoencoder_frames import vae_sizes
+from asymlift.families.base import Family, Geometry, Text, interpolated_shift
+from asymlift.families.packing import packed
+from asymlift.families.text import ragged_text, words_of
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 PATCH, SLOT = 1, 4  # cells of a token, along one side; tokens of a slot
 LENGTH = 1024  # words of the longest prompt, ours
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    sizes = Geometry(vae_factor(vae), setting(vae, "z_dim"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels"), "qwenimage21")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -87,11 +74,6 @@ def encode_prompt(
     return [{"encoder_hidden_states": one[: max_length or LENGTH].clone()} for one in words]
 
 
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
-
-
 QWENIMAGE21 = Family(
     name="qwenimage21",
     transformer="QwenImage21Transformer2DModel",
@@ -102,7 +84,7 @@ QWENIMAGE21 = Family(
     order_in="c p q",
     order_out="c p q",
     sign=+1,
-    geometry=geometry,
+    geometry=packed(vae_sizes, PATCH),
     channels=lambda c: {"in_channels": c, "out_channels": c},
     time=lambda tau, num_tokens: tau,  # the class multiplies by 1000
     run=run,
@@ -110,10 +92,8 @@ QWENIMAGE21 = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=ragged_text,
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "context_in_dim"))
-    },
-    base_shift=base_shift,
+    text_shapes=words_of("encoder_hidden_states", "context_in_dim", LENGTH),
+    base_shift=interpolated_shift,
     lora_targets=(
         "transformer_blocks.*.img_mlp.*",  # proj, gate_layer, out
         "transformer_blocks.*.attn.to_out.0",

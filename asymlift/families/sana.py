@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_dc import decode_latents, encode_latents, vae_factor
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-)
-from asymlift.families.text import padded_text
+from asymlift.families.autoencoder_dc import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Config, Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.text import at_most, padded_text, words_of
 
 LENGTH = 300  # words of the longest prompt
 
@@ -32,9 +24,7 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
     """Read the sizes off the two configs."""
     if transformer.get("guidance_embeds", False):
         raise BadData("sana: this is SANA-Sprint, whose time is an angle; take SANA or SANA 1.5")
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "sana")
+    return own_patches(vae_sizes)(transformer, vae)
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -52,7 +42,6 @@ def encode_prompt(
     The pipeline writes its instruction before a prompt, but not before a negative one, which
     the empty prompt is.
     """
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     call = inspect.signature(type(pipeline).__call__).parameters
     instruction = call["complex_human_instruction"].default
     samples = []
@@ -61,7 +50,7 @@ def encode_prompt(
             prompt=[prompt],
             do_classifier_free_guidance=False,
             complex_human_instruction=instruction if prompt else None,
-            **length,
+            **at_most(max_length),
         )
         samples.append({"encoder_hidden_states": words[0][mask[0].bool()].clone()})
     return samples
@@ -71,7 +60,7 @@ def base_shift(scheduler: Config, num_tokens: int) -> float:
     """Return the pipeline's time shift; the published scheduler has a name of its own for it."""
     if "flow_shift" in scheduler:
         return float(scheduler["flow_shift"])
-    return plain_shift(scheduler)
+    return plain_shift(scheduler, num_tokens)
 
 
 SANA = Family(
@@ -92,9 +81,7 @@ SANA = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=padded_text("encoder_hidden_states", "encoder_attention_mask"),
-    text_shapes=lambda config, length: {
-        "encoder_hidden_states": (length or LENGTH, setting(config, "caption_channels"))
-    },
+    text_shapes=words_of("encoder_hidden_states", "caption_channels", LENGTH),
     base_shift=base_shift,
     lora_targets=(
         "transformer_blocks.*.attn*.to_*",  # all of attention, as no MLP is linear

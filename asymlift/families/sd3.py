@@ -10,27 +10,11 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import Unavailable
-from asymlift.families.autoencoder_kl import decode_latents, encode_latents
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    interpolated_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.text import stack_text
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, interpolated_shift, own_patches, setting
+from asymlift.families.text import apart, at_most, stack_text
 
 CLIP_LENGTH, T5_LENGTH = 77, 256  # words that the pipeline pads a prompt to
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "sd3")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -46,23 +30,14 @@ def encode_prompt(
     """Embed each prompt with both CLIPs and T5; only T5's length, max_length, can be chosen."""
     if pipeline.text_encoder_3 is None:
         raise Unavailable("sd3: this checkpoint has no T5 (text_encoder_3); use one that has")
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     words, _, pooled, _ = pipeline.encode_prompt(
         prompt=list(prompts),
         prompt_2=None,
         prompt_3=None,
         do_classifier_free_guidance=False,
-        **length,
+        **at_most(max_length),
     )
-    return [
-        {"encoder_hidden_states": one.clone(), "pooled_projections": summary.clone()}
-        for one, summary in zip(words, pooled, strict=True)
-    ]
-
-
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift: a constant (3) in every published checkpoint."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
+    return apart(encoder_hidden_states=words, pooled_projections=pooled)
 
 
 SD3 = Family(
@@ -75,7 +50,7 @@ SD3 = Family(
     order_in="c p q",  # of a convolution, so it cannot be otherwise
     order_out="p q c",
     sign=+1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c, "out_channels": c},
     time=lambda tau, num_tokens: 1000 * tau,
     run=run,
@@ -90,7 +65,7 @@ SD3 = Family(
         ),
         "pooled_projections": (setting(config, "pooled_projection_dim"),),
     },
-    base_shift=base_shift,
+    base_shift=interpolated_shift,
     lora_targets=(
         "transformer_blocks.*.ff.net.0.proj",
         "transformer_blocks.*.ff.net.2",

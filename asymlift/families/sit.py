@@ -15,27 +15,11 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled
-from asymlift.families.base import (
-    Config,
-    Family,
-    Geometry,
-    Text,
-    check_channels,
-    plain_shift,
-    setting,
-    vae_factor,
-)
-from asymlift.families.text import stack_text
+from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
+from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.text import stack_text, stacked
 
 NO_CLASS = -1  # the empty prompt; the class has a number for it, one after its last
-
-
-def geometry(transformer: Config, vae: Config) -> Geometry:
-    """Read the sizes off the two configs."""
-    q = setting(transformer, "patch_size")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), q)
-    return check_channels(sizes, setting(transformer, "in_channels"), "sit")
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -46,8 +30,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
             f"sit: a latent of {height} x {width}, but this class draws squares only; "
             "use pictures as high as wide"
         )
-    labels = text["class_labels"]
-    assert isinstance(labels, Tensor)
+    labels = stacked(text, "class_labels")
     for block in net.transformer_blocks:  # each would drop labels by itself while training
         block.norm1.emb.class_embedder.eval()
     labels = torch.where(labels < 0, net.config.num_embeds_ada_norm, labels).long()
@@ -96,7 +79,7 @@ SIT = Family(
     order_in="c p q",
     order_out="p q c",
     sign=-1,
-    geometry=geometry,
+    geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c, "out_channels": c},
     time=lambda tau, num_tokens: 1 - tau,
     run=run,
@@ -105,7 +88,7 @@ SIT = Family(
     encode_prompt=encode_prompt,
     collate=stack_text,
     text_shapes=lambda config, length: {"class_labels": ()},
-    base_shift=lambda scheduler, num_tokens: plain_shift(scheduler),
+    base_shift=plain_shift,
     lora_targets=(
         "transformer_blocks.*.ff.net.0.proj",
         "transformer_blocks.*.ff.net.2",

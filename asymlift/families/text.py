@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from asymlift.errors import BadData
-from asymlift.families.base import Text
+from asymlift.families.base import Config, Text, setting
 
 Sample = Mapping[str, Tensor]
 
@@ -82,6 +82,48 @@ def padded_text(
         return {**others, key: padded, mask: marks}
 
     return collate
+
+
+def words_of(
+    key: str, width: str, longest: int
+) -> Callable[[Config, int | None], dict[str, tuple[int, ...]]]:
+    """Return `text_shapes` of one tensor: so many words, or the longest, as wide as the config has.
+
+    `width` is the config's own name for it.
+    """
+    return lambda transformer, length: {key: (length or longest, setting(transformer, width))}
+
+
+def apart(**columns: Tensor) -> list[dict[str, Tensor]]:
+    """Return one dict for each prompt, of tensors (B, ...) that all prompts share.
+
+    They are copies, so that one prompt does not keep the memory of the others.
+    """
+    rows = zip(*columns.values(), strict=True)
+    return [{key: row.clone() for key, row in zip(columns, one, strict=True)} for one in rows]
+
+
+@torch.no_grad()
+def encode_words(
+    pipeline: Any, prompts: Sequence[str], max_length: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Embed each prompt, (L, width), what fills it up included; the pipeline says nothing more."""
+    words = pipeline.encode_prompt(
+        prompt=list(prompts), do_classifier_free_guidance=False, **at_most(max_length)
+    )[0]
+    return apart(encoder_hidden_states=words)
+
+
+def stacked(text: Text, key: str) -> Tensor:
+    """Return one tensor of a batch, which this family does not keep in a list."""
+    found = text[key]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def at_most(length: int | None) -> dict[str, int]:
+    """The pipelines' argument for so many words; None leaves them their own number."""
+    return {} if length is None else {"max_sequence_length": length}
 
 
 @contextmanager

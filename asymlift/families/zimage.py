@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadData
-from asymlift.families.autoencoder_kl import decode_latents, encode_latents
+from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import (
     Config,
     Family,
@@ -19,9 +19,8 @@ from asymlift.families.base import (
     check_channels,
     interpolated_shift,
     setting,
-    vae_factor,
 )
-from asymlift.families.text import ragged_text
+from asymlift.families.text import at_most, ragged_text, words_of
 
 LENGTH = 512  # words of the longest prompt
 PATCH = 2  # part of the maps' paths, and the class's default
@@ -33,8 +32,7 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
     patches = list(zip(patches, frames, strict=True))
     if patches != [(PATCH, 1)]:
         raise BadData(f"zimage: patches (space, frames) are {patches}, not {[(PATCH, 1)]}")
-    sizes = Geometry(vae_factor(vae), setting(vae, "latent_channels"), PATCH)
-    return check_channels(sizes, setting(transformer, "in_channels"), "zimage")
+    return check_channels(Geometry(*vae_sizes(vae), PATCH), setting(transformer, "in_channels"))
 
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -49,16 +47,10 @@ def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt, (L, width). The pipeline cuts the padding off, so L differs."""
-    length = {} if max_length is None else {"max_sequence_length": max_length}
     embeddings, _ = pipeline.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance=False, **length
+        prompt=list(prompts), do_classifier_free_guidance=False, **at_most(max_length)
     )
     return [{"cap_feats": one.clone()} for one in embeddings]
-
-
-def base_shift(scheduler: Config, num_tokens: int) -> float:
-    """Return the pipeline's time shift."""
-    return interpolated_shift(scheduler, num_tokens, max_shift=1.15)
 
 
 ZIMAGE = Family(
@@ -79,10 +71,8 @@ ZIMAGE = Family(
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,
     collate=ragged_text,
-    text_shapes=lambda config, length: {
-        "cap_feats": (length or LENGTH, setting(config, "cap_feat_dim"))
-    },
-    base_shift=base_shift,
+    text_shapes=words_of("cap_feats", "cap_feat_dim", LENGTH),
+    base_shift=interpolated_shift,
     lora_targets=(
         "layers.*.feed_forward.w*",  # w1, w2, w3
         "noise_refiner.*.feed_forward.w*",

@@ -78,7 +78,7 @@ def test_patches_that_a_family_cannot_cut_are_refused():
         both = {"all_patch_size": [2, 4], "all_f_patch_size": [1, 1]}
         FAMILIES["zimage"].geometry(both, vae)
     with pytest.raises(BadData, match="the VAE scales down by 4, not 8"):
-        FAMILIES["cogview4"].geometry({}, {"block_out_channels": [1, 1, 1]})
+        FAMILIES["cogview4"].geometry({}, {"block_out_channels": [1] * 3, "latent_channels": 16})
 
 
 def test_a_distilled_hunyuanimage_is_refused():
