@@ -407,7 +407,7 @@ class SampleSection(Section):
     steps: PositiveInt = 38
     guidance: NonNegativeFloat = 4.0
     orthogonal: NonNegativeFloat = 1.0
-    renorm: bool = False  # guidance keeps the length of tokens, as Qwen-Image's pipeline does
+    renorm: bool = False  # guidance keeps lengths, as the pipelines of Qwen-Image and others do
     clamp: bool = True
     shift: PositiveFloat | Literal["sqrt_pixels", "base"] = "sqrt_pixels"
     height: PositiveInt = 1024

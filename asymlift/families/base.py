@@ -14,10 +14,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from asymlift.errors import BadData, BadRecipe
+from asymlift.maths.guidance import Renorm
 from asymlift.maths.patches import Order
 
 Config = Mapping[str, Any]
 Text = dict[str, Tensor | list[Tensor]]
+
+KEEP_TOKENS = Renorm(of="tokens")
 
 # What the tests show of every family on every commit, on tiny models of the real classes.
 PROOFS = {
@@ -98,6 +101,7 @@ class Family:
     # and the variance of its gradient is not measured.
     last_reads: Callable[[Tensor], Tensor] | None = lambda read: read
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
+    renorm: Renorm = KEEP_TOKENS  # what a recipe's `sample.renorm` keeps, as the pipeline does
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
     library: str | None = None  # one's own package, whose classes a checkpoint may name too

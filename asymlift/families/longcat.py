@@ -2,7 +2,8 @@
 
 Words lie on a diagonal of positions and the picture behind their end, wherever that is; the model
 attends to padding. The pipeline lets its text encoder rewrite a prompt first, unless told not to
-(`enable_prompt_rewrite=False`): captions are encoded as they are written.
+(`enable_prompt_rewrite=False`): captions are encoded as they are written. Its guidance never makes
+a token longer (`renorm`).
 B images, N = h w tokens, L text tokens, C channels.
 """
 
@@ -17,6 +18,7 @@ from asymlift.families.base import Family, Geometry, Text, interpolated_shift
 from asymlift.families.packing import PATCH, diagonal_ids, grid_ids, packed, run_packed
 from asymlift.families.targets import DOUBLE_BLOCKS, SINGLE_BLOCKS
 from asymlift.families.text import apart, stack_text, stacked, tokenizer_length, words_of
+from asymlift.maths.guidance import Renorm
 
 LENGTH = 512  # words that the pipeline pads a prompt to; the picture's first position
 
@@ -68,5 +70,6 @@ LONGCAT = Family(
     lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "time_embed.timestep_embedder.linear_*"),
     checkpoints=("meituan-longcat/LongCat-Image", "meituan-longcat/LongCat-Image-Dev"),
     tier="free",
+    renorm=Renorm(only_shrinks=True),
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

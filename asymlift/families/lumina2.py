@@ -2,7 +2,7 @@
 
 It counts time backwards. Positions are looked up in tables of so many words, rows and columns.
 Every prompt stands behind a system's own, but for the empty one, which is empty.
-The pipeline's guidance keeps the length of each row of the latent map; ours does not.
+The pipeline's guidance keeps the length of each row of the latent map (`renorm`).
 B images, L text tokens (differing), C channels, q the latent patch.
 """
 
@@ -16,6 +16,7 @@ from asymlift.errors import BadData
 from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, own_patches
 from asymlift.families.text import at_most, padded_text, stacked, words_of
+from asymlift.maths.guidance import Renorm
 
 CHANNELS = 16  # of published latents: the pipeline's shift counts them instead of tokens
 LENGTH = 256  # words of the longest prompt
@@ -90,6 +91,7 @@ LUMINA2 = Family(
     ),
     checkpoints=("Alpha-VLLM/Lumina-Image-2.0",),
     tier="free",
+    renorm=Renorm(of="rows"),
     last_reads=None,  # words come before the picture
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

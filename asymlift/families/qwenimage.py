@@ -1,5 +1,6 @@
 """Qwen-Image: diffusers QwenImageTransformer2DModel, packed 2x2 latent patches.
 
+The pipeline's guidance keeps tokens' length (`renorm`).
 B images, N = h w tokens, L text tokens, C channels.
 """
 

@@ -21,6 +21,7 @@ from asymlift.families.base import (
     setting,
 )
 from asymlift.families.text import at_most, ragged_text, words_of
+from asymlift.maths.guidance import Renorm
 
 LENGTH = 512  # words of the longest prompt
 PATCH = 2  # part of the maps' paths, and the class's default
@@ -82,5 +83,6 @@ ZIMAGE = Family(
     ),
     checkpoints=("Tongyi-MAI/Z-Image",),
     tier="free",
+    renorm=Renorm(of="pictures", only_shrinks=True),  # the pipeline's cfg_normalization=1.0
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

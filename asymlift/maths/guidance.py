@@ -4,8 +4,13 @@ Everything is (B, ...) in the model's colour space.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
+
+from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 
 def guide(
@@ -29,15 +34,51 @@ def guide(
     return u_pos + correction - orthogonal * along * x0_pos
 
 
-def renormalised_guidance(v_pos: Tensor, v_neg: Tensor, *, scale: float) -> Tensor:
-    """Classifier-free guidance whose every token is as long as the positive branch's.
+@dataclass(frozen=True)
+class Renorm:
+    """Whose length guidance leaves as the positive branch has it; pipelines differ."""
 
-    Both are (B, N, width) as the network says them. In pixels that is u_a, where a lifted model's
-    tokens are as long as the latent ones; velocities are longer by their part outside the subspace.
+    of: Literal["tokens", "pictures", "rows"] = "tokens"  # rows: of each channel of the latent map
+    only_shrinks: bool = False  # what guidance has shortened stays short
+
+
+def renormalised_guidance(
+    v_pos: Tensor,
+    v_neg: Tensor,
+    *,
+    scale: float,
+    renorm: Renorm,
+    patch: int,
+    grid: tuple[int, int],
+    A: Tensor | None = None,
+) -> Tensor:
+    """Classifier-free guidance whose tokens, pictures or rows keep the positive branch's length.
+
+    v_pos and v_neg are (B, N, width) as the network says them, tokens of patch x patch cells. In
+    pixels, with the basis A, that is u_a, whose tokens and pictures are as long as the latent ones
+    (velocities are longer by their part outside the subspace). Rows of a latent map lie across the
+    basis: there the part inside it is renormalised, and the rest is guided as it is.
     """
     guided = v_neg + scale * (v_pos - v_neg)
-    longer: Tensor = guided.norm(dim=-1, keepdim=True) / v_pos.norm(dim=-1, keepdim=True)
-    return guided / longer
+    if renorm.of != "rows":
+        dims = (-1,) if renorm.of == "tokens" else (-2, -1)
+        long_pos, long = (v.norm(dim=dims, keepdim=True) for v in (v_pos, guided))
+        return guided * _ratio(long_pos, long, renorm)
+    low_pos, low = (v if A is None else v @ A for v in (v_pos, guided))
+    row_pos, row = (_row_lengths(v, patch, grid) for v in (low_pos, low))
+    change = low * (_ratio(row_pos, row, renorm) - 1)
+    return guided + (change if A is None else change @ A.T)
+
+
+def _ratio(wanted: Tensor, length: Tensor, renorm: Renorm) -> Tensor:
+    ratio = wanted / length.clamp(min=torch.finfo(length.dtype).tiny)
+    return ratio.clamp(max=1) if renorm.only_shrinks else ratio
+
+
+def _row_lengths(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """Of each number of the tokens (B, N, d), the length of the row of the map that it lies in."""
+    image = tokens_to_image(tokens, patch, grid)
+    return image_to_tokens(image.norm(dim=-1, keepdim=True).expand_as(image), patch)
 
 
 def clamp_denoised(

@@ -6,6 +6,7 @@ tau the latent one; a grid runs from (almost) 1 to exactly 0, in float64.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from asymlift.data.order import generator
 from asymlift.errors import BadData, BadRecipe
-from asymlift.families.base import Geometry, Text
+from asymlift.families.base import Family, Geometry, Text
 from asymlift.maths.color import ColorCode
 from asymlift.maths.guidance import clamp_denoised, guide, renormalised_guidance
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
@@ -35,7 +36,7 @@ class SampleSettings:
     steps: int = 38
     guidance: float = 4.0  # 1 is none, and saves the second forward pass
     orthogonal: float = 1.0  # share of the guidance along the predicted image that is removed
-    renorm: bool = False  # instead, each token of the network's answer keeps its length
+    renorm: bool = False  # instead, the network's answer keeps its length, as the family has it
     clamp: bool = True  # predicted images are clamped to the range of pictures, pixels only
     shift: Shift = "sqrt_pixels"
     floor: float = 1e-4  # no division by a noise level below this
@@ -44,7 +45,9 @@ class SampleSettings:
 class PixelVelocity(Protocol):
     """What is asked of a `PixelFlow`."""
 
+    family: Family
     geometry: Geometry
+    A: Tensor
 
     def __call__(
         self, x_t: Tensor, sigma: Tensor, text: Text, grid: tuple[int, int], *, floor: float
@@ -57,6 +60,9 @@ class PixelVelocity(Protocol):
 
 class LatentVelocity(Protocol):
     """What is asked of a `LatentFlow`."""
+
+    family: Family
+    geometry: Geometry
 
     def __call__(self, z_t: Tensor, tau: Tensor, text: Text, grid: tuple[int, int]) -> Tensor: ...
 
@@ -145,8 +151,10 @@ def solve_pixels(
             return flow.predict(x_t, levels, condition, grid).to(x_t)
         return flow(x_t, levels, condition, grid, floor=settings.floor).to(x_t)
 
+    renormalise = _renormalisation(flow, settings, grid, flow.A.to(eps))
+
     def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
-        u = _guided(predict, x_t, sigma, text, null_text, settings)
+        u = _guided(predict, x_t, sigma, text, null_text, settings, renormalise)
         if settings.renorm:  # what was guided is u_a
             levels = sigma.to(x_t).expand(len(x_t))
             u = flow.recover(u, x_t, levels, floor=settings.floor).to(x_t)
@@ -180,10 +188,29 @@ def sample_latents(
     def predict(z_t: Tensor, tau: Tensor, condition: Text) -> Tensor:
         return flow(z_t, tau.to(z_t).expand(len(z_t)), condition, grid).to(z_t)
 
+    renormalise = _renormalisation(flow, settings, grid)
+
     def velocity(z_t: Tensor, tau: Tensor) -> Tensor:
-        return _guided(predict, z_t, tau, text, null_text, settings)
+        return _guided(predict, z_t, tau, text, null_text, settings, renormalise)
 
     return SOLVERS[settings.solver](velocity, noise, taus, on_step)
+
+
+def _renormalisation(
+    flow: PixelVelocity | LatentVelocity,
+    settings: SampleSettings,
+    grid: tuple[int, int],
+    A: Tensor | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The family's own renormalisation of guidance; A where tokens are of pixels."""
+    return partial(
+        renormalised_guidance,
+        scale=settings.guidance,
+        renorm=flow.family.renorm,
+        patch=flow.geometry.patch,
+        grid=grid,
+        A=A,
+    )
 
 
 def _guided(
@@ -193,13 +220,14 @@ def _guided(
     text: Text,
     null_text: Text | None,
     settings: SampleSettings,
+    renormalise: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     u = predict(x_t, sigma, text)
     if settings.guidance != 1:
         assert null_text is not None, "guidance needs the empty prompt"
         u_neg = predict(x_t, sigma, null_text)
         if settings.renorm:
-            u = renormalised_guidance(u, u_neg, scale=settings.guidance)
+            u = renormalise(u, u_neg)
         else:
             x0_pos = x_t - sigma * u
             u = guide(u, u_neg, x0_pos, scale=settings.guidance, orthogonal=settings.orthogonal)

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from asymlift.maths.color import ColorCode
-from asymlift.maths.guidance import clamp_denoised, guide, renormalised_guidance
+from asymlift.maths.guidance import Renorm, clamp_denoised, guide, renormalised_guidance
+from asymlift.maths.patches import tokens_to_image
 
 SHAPE = (3, 3, 4, 6)
 OKLAB = ColorCode("oklab", (0.56, 0.0, 0.01), 0.16)
@@ -27,13 +28,58 @@ def test_without_the_orthogonal_part_it_is_classifier_free_guidance():
     assert_close(u, u_neg + 4 * (u_pos - u_neg))
 
 
-def test_renormalised_guidance_turns_tokens_and_keeps_their_length():
-    v_pos, v_neg = torch.randn(2, 3, 5, 7)
-    v = renormalised_guidance(v_pos, v_neg, scale=4.0)
-    assert_close(v.norm(dim=-1), v_pos.norm(dim=-1))
-    plain = v_neg + 4 * (v_pos - v_neg)
-    along = nn.functional.cosine_similarity(v, plain, dim=-1)
-    assert_close(along, torch.ones(3, 5))
+GRID = (2, 3)  # of tokens, 2 x 2 cells of 3 channels
+
+
+def renormalised(v_pos: Tensor, v_neg: Tensor, renorm: Renorm, A: Tensor | None = None) -> Tensor:
+    return renormalised_guidance(v_pos, v_neg, scale=4.0, renorm=renorm, patch=2, grid=GRID, A=A)
+
+
+def cells(v: Tensor) -> Tensor:
+    return tokens_to_image(v, 2, GRID)
+
+
+@pytest.mark.parametrize(
+    ("of", "view", "dims"),
+    [("tokens", lambda v: v, -1), ("pictures", lambda v: v, (1, 2)), ("rows", cells, -1)],
+)
+def test_renormalised_guidance_turns_what_it_is_of_and_keeps_its_length(of, view, dims):
+    v_pos, v_neg = torch.randn(2, 3, 6, 12)
+    v, plain = renormalised(v_pos, v_neg, Renorm(of)), v_neg + 4 * (v_pos - v_neg)
+    assert_close(view(v).norm(dim=dims), view(v_pos).norm(dim=dims))
+    inner = (view(v) * view(plain)).sum(dims)
+    assert_close(inner, view(v).norm(dim=dims) * view(plain).norm(dim=dims))
+
+
+@pytest.mark.parametrize("of", ["tokens", "pictures", "rows"])
+def test_renormalisation_that_only_shrinks_makes_nothing_longer(of):
+    v_pos = torch.randn(1, 6, 12)
+    longer, shorter = -v_pos, 1.1 * v_pos  # as negative branches: 7 and 0.7 times as long
+    assert_close(renormalised(v_pos, longer, Renorm(of, only_shrinks=True)), v_pos)
+    assert_close(renormalised(v_pos, shorter, Renorm(of, only_shrinks=True)), 0.7 * v_pos)
+    assert_close(renormalised(v_pos, shorter, Renorm(of)), v_pos)
+
+
+@pytest.mark.parametrize("of", ["tokens", "pictures", "rows"])
+def test_an_answer_of_nothing_stays_nothing(of):
+    nothing = torch.zeros(1, 6, 12)
+    assert torch.equal(renormalised(nothing, nothing, Renorm(of)), nothing)
+
+
+@pytest.mark.parametrize("of", ["tokens", "pictures", "rows"])
+def test_renormalised_guidance_of_lifted_tokens_is_that_of_the_latent_ones(of):
+    v_pos, v_neg = torch.randn(2, 3, 6, 12)
+    A = torch.linalg.qr(torch.randn(48, 12))[0]
+    lifted = renormalised(v_pos @ A.T, v_neg @ A.T, Renorm(of), A)
+    assert_close(lifted, renormalised(v_pos, v_neg, Renorm(of)) @ A.T)
+
+
+def test_rows_are_renormalised_inside_the_subspace_and_the_rest_is_guided():
+    A = torch.linalg.qr(torch.randn(48, 12))[0]
+    u_pos, u_neg = torch.randn(2, 3, 6, 48)
+    u, plain = renormalised(u_pos, u_neg, Renorm("rows"), A), u_neg + 4 * (u_pos - u_neg)
+    assert_close(u - u @ A @ A.T, plain - plain @ A @ A.T)
+    assert_close(u @ A, renormalised(u_pos @ A, u_neg @ A, Renorm("rows")))
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.3, 4.0])
