@@ -67,6 +67,16 @@ class Geometry:
         return 3 * self.vae_factor**2
 
 
+def picture_first(read: Tensor, text: Text, num_tokens: int) -> Tensor:
+    """`last_reads` where the picture's tokens come before all others, or alone."""
+    return read[:, :num_tokens]
+
+
+def picture_last(read: Tensor, text: Text, num_tokens: int) -> Tensor:
+    """`last_reads` where they come behind words and padding."""
+    return read[:, -num_tokens:]
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of transformer; the same `run` serves the latent model and the pixel model."""
@@ -97,9 +107,8 @@ class Family:
     lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for anything
     checkpoints: tuple[str, ...]  # published ones, as the hub names them
     tier: Literal["free", "easy"]  # easy: there is a quirk, which the module's docstring tells
-    # What `last` reads -> (b, at least N, F), the picture's tokens first; None: they lie elsewhere,
-    # and the variance of its gradient is not measured.
-    last_reads: Callable[[Tensor], Tensor] | None = lambda read: read
+    # (what `last` reads, text, N) -> (b, N, F): of each token of the picture, in reading order
+    last_reads: Callable[[Tensor, Text, int], Tensor] = picture_first
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     renorm: Renorm = KEEP_TOKENS  # what a recipe's `sample.renorm` keeps, as the pipeline does
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it

@@ -72,7 +72,7 @@ ERNIE = Family(
         "time_embedding.linear_*",
     ),
     checkpoints=("baidu/ERNIE-Image",),
-    last_reads=lambda read: read.transpose(0, 1),  # the class has tokens first, then samples
+    last_reads=lambda read, text, n: read[:n].transpose(0, 1),  # tokens first, then samples
     sizes=Geometry(vae_factor=8, channels=32, patch=2),
     tier="free",
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents, vae_sizes
-from asymlift.families.base import Config, Family, Geometry, Text, plain_shift
+from asymlift.families.base import Config, Family, Geometry, Text, picture_last, plain_shift
 from asymlift.families.packing import grid_ids, grid_of, packed
 from asymlift.families.text import padded_text, stacked, words_of
 from asymlift.maths.patches import Order, image_to_tokens, tokens_to_image
@@ -111,7 +111,7 @@ IDEOGRAM4 = Family(
     ),
     checkpoints=("ideogram-ai/ideogram-4-fp8",),
     tier="easy",
-    last_reads=None,  # words come before the picture
+    last_reads=picture_last,
     heavy_text="thirteen layers of the text encoder, 0.1 MB a word",
     sizes=Geometry(vae_factor=8, channels=32, patch=2),
 )

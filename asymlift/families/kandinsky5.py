@@ -128,7 +128,7 @@ KANDINSKY5 = Family(
         "kandinskylab/Kandinsky-5.0-T2I-Lite-pretrain-Diffusers",
         "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
     ),
-    last_reads=lambda read: read.flatten(1, -2),  # (1, frame, h, w, F)
+    last_reads=lambda read, text, n: read.flatten(1, -2),  # (1, frame, h, w, F)
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
     tier="easy",
 )

@@ -62,6 +62,13 @@ def base_shift(scheduler: Config, num_tokens: int) -> float:
     return interpolated_shift(scheduler, CHANNELS)
 
 
+def picture_behind_words(read: Tensor, text: Text, num_tokens: int) -> Tensor:
+    """`last_reads`: in each sample the picture begins where its own words end."""
+    num_words = stacked(text, "encoder_attention_mask").sum(dim=1)
+    places = num_words[:, None] + torch.arange(num_tokens, device=read.device)
+    return read.take_along_dim(places[..., None], dim=1)
+
+
 LUMINA2 = Family(
     name="lumina2",
     transformer="Lumina2Transformer2DModel",
@@ -92,6 +99,6 @@ LUMINA2 = Family(
     checkpoints=("Alpha-VLLM/Lumina-Image-2.0",),
     tier="free",
     renorm=Renorm(of="rows"),
-    last_reads=None,  # words come before the picture
+    last_reads=picture_behind_words,
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

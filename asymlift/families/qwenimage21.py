@@ -16,7 +16,7 @@ from torch import Tensor
 from asymlift.errors import BadData
 from asymlift.families import autoencoder_frames
 from asymlift.families.autoencoder_frames import vae_sizes
-from asymlift.families.base import Family, Geometry, Text, interpolated_shift
+from asymlift.families.base import Family, Geometry, Text, interpolated_shift, picture_last
 from asymlift.families.packing import packed
 from asymlift.families.text import ragged_text, words_of
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
@@ -101,6 +101,6 @@ QWENIMAGE21 = Family(
     ),
     checkpoints=("Qwen/Qwen-Image-2.1",),
     tier="easy",
-    last_reads=None,  # words come before the picture
+    last_reads=picture_last,
     sizes=Geometry(vae_factor=16, channels=64, patch=1),
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asymlift.errors import BadRecipe
+from asymlift.families.base import Text
 from asymlift.maths.asymmetric import recover_velocity
 from asymlift.maths.diagnostics import last_map_gradients
 from asymlift.maths.flow import clean_from_velocity
@@ -25,7 +26,7 @@ def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
     A family may run its samples one after the other; together they are the B of the batch.
     """
     seen: list[Tensor] = []
-    if not wanted or flow.family.last_reads is None:
+    if not wanted:
         yield seen
         return
     last = flow.net.get_submodule(flow.family.last)
@@ -36,21 +37,21 @@ def watched_last_map(flow: PixelFlow, wanted: bool) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def rows_of_picture(flow: PixelFlow, read: Tensor, num_tokens: int) -> Tensor:
-    """(B, N, F) of what the last map reads: one row per token of the picture."""
-    assert flow.family.last_reads is not None, "nothing was kept"
-    read = flow.family.last_reads(read)
-    if read.ndim != 3 or read.shape[1] < num_tokens:
+def rows_of_picture(flow: PixelFlow, read: Tensor, text: Text, num_tokens: int) -> Tensor:
+    """(b, N, F) of what the last map reads: one row per token of the picture."""
+    rows = flow.family.last_reads(read, text, num_tokens)
+    if rows.ndim != 3 or rows.shape[1] != num_tokens:
         raise BadRecipe(
             f"finetune.variance_every: `{flow.family.last}` of {flow.family.name} reads "
             f"{tuple(read.shape)}, not one row for each of {num_tokens} tokens; set it to 0"
         )
-    return read[:, :num_tokens]
+    return rows
 
 
 def gradient_sums(
     flow: PixelFlow,
     read: Sequence[Tensor],
+    text: Text,
     x_t: Tensor,
     x0_hat: Tensor,
     sigma: Tensor,
@@ -63,8 +64,7 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor]:
     """(sum |G|^2, sum G) of the flow loss of good samples under this target.
 
-    Every family's last map writes the picture's tokens first and in reading order. The order of
-    the numbers inside a token changes no norm, so the canonical one serves.
+    The order of the numbers inside a token changes no norm, so the canonical one serves.
     """
     made = x0_hat.detach().requires_grad_()
     loss = flow_loss(made, target, sigma, weight=weight, sigma_clamp=sigma_clamp)
@@ -73,5 +73,5 @@ def gradient_sums(
     level = sigma.view(-1, 1, 1)
     u = recover_velocity(said, x_t, flow.A, flow.s, level, floor=floor)
     (by_output,) = torch.autograd.grad(clean_from_velocity(x_t, u, sigma), said, by_image)
-    rows = torch.cat([rows_of_picture(flow, some, x_t.shape[1]) for some in read])
+    rows = torch.cat([rows_of_picture(flow, some, text, x_t.shape[1]) for some in read])
     return last_map_gradients(rows.to(by_output.dtype), by_output, good)

@@ -250,6 +250,7 @@ class TrainingStep(nn.Module):
             squares, total = gradient_sums(
                 self.student,
                 read,
+                batch.text,
                 x_t,
                 x0_hat,
                 sigma,

@@ -470,10 +470,6 @@ def test_the_gradients_of_the_last_map_are_those_of_autograd(name):
     world.batch.weight[3] = 0
     world.batch.measures = True
     _, sums = world.step()(world.batch)
-    if world.family.last_reads is None:
-        assert not any(name.startswith("gradient") for name in sums)
-        return
-
     path, one = f"{world.family.last}.weight", world
     for target, reduces in (("", True), ("_plain", False)):
         gradients = []
@@ -488,7 +484,7 @@ def test_the_gradients_of_the_last_map_are_those_of_autograd(name):
         trace = covariance_trace(
             float(sums[f"gradient_squares{target}"]), float(total.square().sum()), 3
         )
-        assert trace == pytest.approx(float(stacked.flatten(1).T.cov().trace()), rel=1e-7)
+        assert trace == pytest.approx(float(stacked.var(0).sum()), rel=1e-7)
 
 
 def test_measuring_changes_neither_loss_nor_gradient_and_leaves_no_hook():
@@ -508,4 +504,4 @@ def test_a_last_map_that_reads_something_else_is_refused():
     """Of a family of one's own; measuring can be switched off."""
     world = World()
     with pytest.raises(BadRecipe, match=r"`proj_out` of flux2 reads \(3, 1, 8\), .*; set it to 0"):
-        rows_of_picture(world.student, torch.zeros(3, 1, 8), math.prod(GRID))
+        rows_of_picture(world.student, torch.zeros(3, 1, 8), {}, math.prod(GRID))
