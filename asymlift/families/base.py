@@ -17,6 +17,7 @@ from asymlift.errors import BadData, BadRecipe
 from asymlift.maths.patches import Order
 
 Config = Mapping[str, Any]
+# Whatever `run` is told of each sample: embeddings, masks, pictures to go by (references.py).
 Text = dict[str, Tensor | list[Tensor]]
 
 # What the tests show of every family on every commit, on tiny models of the real classes.
@@ -65,6 +66,15 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class ReferencePictures:
+    """Which pictures to go by a family's pipeline takes, and how large they become."""
+
+    least_side: int
+    most_aspect: float  # the longer side over the shorter one
+    most_pixels: int  # a larger one is made smaller; its middle is then cut to whole tokens
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of transformer; the same `run` serves the latent model and the pixel model."""
 
@@ -106,6 +116,8 @@ class Family:
     only_squares: bool = False  # it draws pictures as high as wide
     prompts: tuple[str, ...] = ("", "a red lighthouse")  # that any checkpoint can embed
     heavy_text: str | None = None  # why captions are better encoded while training
+    # Pictures that it goes by beside the prompt, which `run` finds by `references_of`; or why none.
+    references: ReferencePictures | str = "nobody has told asymlift how its network would read them"
 
     @property
     def first_maps(self) -> tuple[str, ...]:
