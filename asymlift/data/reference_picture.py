@@ -22,7 +22,6 @@ MOST_BYTES = 1 << 28  # of a file: what the largest picture that is decoded has 
 class Reference:
     """One picture to go by; equal sha256, equal image."""
 
-    path: Path
     sha256: str  # of the file
     image: Tensor  # (3, h p, w p)
 
@@ -42,7 +41,7 @@ def read_reference(path: Path, rule: ReferencePictures, patch: int) -> Reference
             f"least {rule.least_side} pixels a side, at most {rule.most_aspect:g} times as long as "
             "wide"
         )
-    return Reference(path, digest(data), fit_reference(image, rule.most_pixels, patch))
+    return Reference(digest(data), fit_reference(image, rule.most_pixels, patch))
 
 
 def reference_bytes(path: Path) -> bytes:
