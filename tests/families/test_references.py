@@ -110,6 +110,24 @@ def test_beside_references_the_pixel_sampler_follows_the_latent_one(name, guidan
     assert relative(latent(pair.text, null), z) > 0.01  # they do guide
 
 
+@pytest.mark.parametrize("name", TAKERS)
+@torch.no_grad()
+def test_in_bf16_references_are_read_in_float32_and_leak_nothing(name):
+    """As the noisy tokens are: their first map, too, stays outside autocast."""
+    _, pictures = clean_pairs(lifted_pair(name))
+    pair = lifted_pair(name, dtype=torch.float32, precision=torch.bfloat16)
+    text = with_references(pair.text, [picture.float() for picture in pictures])
+    read = []
+    pair.pixel.net.get_submodule(FAMILIES[name].first).register_forward_pre_hook(
+        lambda module, given: read.append(given[0].dtype)
+    )
+    x_t, sigma = torch.randn(2, 24, pair.geometry.d) @ pair.A.T, torch.tensor(SIGMA)
+    u = pair.pixel(x_t, sigma, text, pair.grid, floor=1e-6)
+    leak = (u - project(u, pair.A)) * sigma.view(-1, 1, 1)
+    assert set(read) == {torch.float32}
+    assert leak.norm() < 1e-6 * u.norm()
+
+
 # -- the real pipelines
 
 PIPELINES = [("flux2", "Flux2KleinPipeline"), ("flux2", "Flux2Pipeline")]
@@ -129,10 +147,8 @@ def picture_file(folder: Path, size: tuple[int, int], seed: int = 0) -> Path:
     return path
 
 
-def pipeline_of(name: str, kind: str) -> Any:
-    """The family's own pipeline whole, or another one of it without text encoders."""
-    if kind == FAMILIES[name].pipelines[0]:
-        return tiny_pipeline(name)
+def without_words(name: str, kind: str) -> Any:
+    """A pipeline of the family that has no text encoder and is given embeddings."""
     made = getattr(third_party.library("diffusers"), kind)
     text_parts = [p for p in inspect.signature(made).parameters if p.startswith(("text", "token"))]
     pipeline = made(
@@ -166,7 +182,8 @@ SIZES = [[(70, 101)], [(64, 65), (131, 72)]]  # (width, height) of each referenc
 @torch.no_grad()
 def test_the_real_pipeline_reads_references_as_the_family_does(name, kind, sizes, tmp_path):
     """Pixels, latents, position ids, order and what is cut off the answer; guided too."""
-    family, case, pipeline = FAMILIES[name], case_of(name), pipeline_of(name, kind)
+    family, case, first = FAMILIES[name], case_of(name), FAMILIES[name].pipelines[0]
+    pipeline = tiny_pipeline(name) if kind == first else without_words(name, kind)
     paths = [picture_file(tmp_path, size, seed) for seed, size in enumerate(sizes)]
     net = pipeline.transformer
     calls = recorded(net)
@@ -240,7 +257,7 @@ class Seen(Exception):
 
 
 def given_to_the_vae(kind: str, path: Path) -> Tensor:
-    pipeline = pipeline_of("flux2", kind)
+    pipeline = without_words("flux2", kind)
 
     def encode(image: Tensor) -> None:
         raise Seen(image)
