@@ -297,6 +297,13 @@ def sample(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="A text file, one prompt per line.")
     ] = None,
+    reference: Annotated[
+        list[Path],
+        typer.Option(
+            "--reference",
+            help="A picture to go by, for all prompts; repeatable. finetune trains on none.",
+        ),
+    ] = [],
     weights: Annotated[
         list[str], typer.Option("--weights", help="ema, raw, lifted or base; repeatable.")
     ] = [],
@@ -322,6 +329,7 @@ def sample(
     request = verbs.SampleRequest(
         prompts=tuple(prompt),
         prompts_file=prompts,
+        references=tuple(reference),
         weights=tuple(weights),
         compare=compare,
         step=step,

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, dry runs, JSON, and messages without tracebacks."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from asymlift import __version__
 from asymlift.cli import app
+from asymlift.data.pictures import encode_png
 from asymlift.errors import Exit
 from asymlift.families import FAMILIES
 from tests.stages.small_run import build, recipe_values
@@ -266,6 +269,9 @@ def test_families_are_listed_with_what_is_proven_of_each():
         assert family["class"] in shown and all(name in shown for name in family["checkpoints"])
         assert f"{family['d']}/{family['D']}" in shown
         assert all(why in shown for why in family["unproven"].values())
+    takers = [family["name"] for family in found if family["references"]]
+    assert takers == ["flux2"]
+    assert f"{takers[0]}: can go by pictures too" in shown
     assert "sampling: the stock pipeline around the lifted model ends on" in shown
 
 
@@ -321,6 +327,57 @@ def test_other_prompts_go_to_another_folder(recipe):
     }
     assert len(folders) == 3
     assert any("prompts-a-teal-cross-" in folder for folder in folders)
+
+
+@pytest.fixture
+def references(tmp_path) -> list[Path]:
+    paths = [tmp_path / "room.png", tmp_path / "chair.png"]
+    for grey, path in enumerate(paths, start=1):
+        picture = torch.full((3, 64, 64 + 32 * grey), 60 * grey, dtype=torch.uint8)
+        path.write_bytes(encode_png(picture))
+    return paths
+
+
+def test_pictures_to_go_by_are_taken_and_others_go_to_another_folder(recipe, references):
+    wanted = ["sample", recipe, "--prompt", "a red disc", "--weights", "lifted"]
+    wanted += ["--set", "sample.steps=2"]
+    room, chair = (["--reference", path] for path in references)
+
+    def would_write(*given):
+        checks = json.loads(run(*wanted, *given, "--dry-run", "--json").stdout)["checks"]
+        assert checks.get("references", 0) == len(given) // 2
+        return checks["would write"]
+
+    given = [(), room, (*room, *chair), (*chair, *room)]
+    assert len({would_write(*one) for one in given}) == len(given)
+    before = would_write(*room)
+    references[0].write_bytes(references[1].read_bytes())
+    assert would_write(*room) == would_write(*chair) != before  # the bytes count, not the name
+
+    drawn = json.loads(run(*wanted, *room, "--json").stdout)
+    assert drawn["num_drawn"] == 1 and drawn["folder"] == would_write(*room)
+    assert "all there already" in run(*wanted, *chair).output
+    shown = run("inspect", drawn["folder"]).output
+    assert hashlib.sha256(references[1].read_bytes()).hexdigest()[:12] in shown
+
+
+def test_a_reference_that_is_not_there_or_no_picture_is_named(recipe, references, tmp_path):
+    wanted = ["sample", recipe, "--prompt", "a red disc", "--weights", "lifted", "--dry-run"]
+    none, words = tmp_path / "none.png", tmp_path / "words.png"
+    words.write_text("a room")
+
+    missing = run(*wanted, "--reference", none)
+    foreign = run(*wanted, "--reference", words, "--json")
+
+    assert missing.exit_code == Exit.UNAVAILABLE
+    assert f"error: reference picture {none}: there is no such file" in missing.output
+    assert foreign.exit_code == Exit.BAD_DATA
+    assert "words.png: not a JPEG, PNG or WebP" in json.loads(foreign.stdout)["error"]
+
+
+def test_help_says_that_references_are_not_trained_on():
+    shown = " ".join(run("sample", "--help").output.split())
+    assert "finetune trains on none" in shown
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(recipe):

@@ -18,6 +18,7 @@ from asymlift.maths.guidance import Renorm
 from asymlift.maths.patches import Order
 
 Config = Mapping[str, Any]
+# Whatever `run` is told of each sample: embeddings, masks, pictures to go by (references.py).
 Text = dict[str, Tensor | list[Tensor]]
 
 KEEP_TOKENS = Renorm(of="tokens")
@@ -78,6 +79,15 @@ def picture_last(read: Tensor, text: Text, num_tokens: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ReferencePictures:
+    """Which pictures to go by a family's pipeline takes, and how large they become."""
+
+    least_side: int
+    most_aspect: float  # the longer side over the shorter one
+    most_pixels: int  # a larger one is made smaller; its middle is then cut to whole tokens
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of transformer; the same `run` serves the latent model and the pixel model."""
 
@@ -119,6 +129,8 @@ class Family:
     only_squares: bool = False  # it draws pictures as high as wide
     prompts: tuple[str, ...] = ("", "a red lighthouse")  # that any checkpoint can embed
     heavy_text: str | None = None  # why captions are better encoded while training
+    # Pictures that it goes by beside the prompt, which `run` finds by `references_of`; or why none.
+    references: ReferencePictures | str = "nobody has told asymlift how its network would read them"
 
     @property
     def first_maps(self) -> tuple[str, ...]:

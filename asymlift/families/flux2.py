@@ -1,6 +1,7 @@
 """FLUX.2 (klein and dev): diffusers Flux2Transformer2DModel, packed 2x2 latent patches.
 
-B images, N = h w tokens, L text tokens, C channels.
+Reference pictures are further tokens after the picture's, at later moments of a time of their own.
+B images, N = h w tokens, R tokens of all references, L text tokens, C channels.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,23 @@ from torch import Tensor
 
 from asymlift.errors import BadData
 from asymlift.families.autoencoder_flux2 import PATCH, decode_latents, encode_latents, vae_sizes
-from asymlift.families.base import Config, Family, Geometry, Text, plain_shift, shift_from_mu
-from asymlift.families.packing import packed
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    ReferencePictures,
+    Text,
+    plain_shift,
+    shift_from_mu,
+)
+from asymlift.families.packing import grid_of, packed
+from asymlift.families.references import references_of
 from asymlift.families.text import apart, at_most, stack_text, stacked, words_of
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 
 DISTILLED_GUIDANCE = 4.0  # the pipeline's default for dev, which is told its guidance scale
 LENGTH = 512  # words that the pipelines pad a prompt to
+APART = 10  # moments from one reference picture to the next; the picture that is drawn is at 0
 DEFAULT_STEPS = 50  # of the klein pipeline; below 4300 tokens the time shift depends on it
 
 
@@ -30,23 +41,29 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
 
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, 2h, 2w), time (B,) -> raw output, same shape."""
-    h, w = latent.shape[-2] // PATCH, latent.shape[-1] // PATCH
+    h, w = grid_of(latent)
     words = stacked(text, "encoder_hidden_states")
     guidance = text.get("guidance")
     if guidance is None and net.config.guidance_embeds:
         guidance = torch.full_like(time, DISTILLED_GUIDANCE)
-    zero = torch.zeros(1, dtype=torch.long, device=latent.device)
-    rows, columns, line = (torch.arange(n, device=latent.device) for n in (h, w, words.shape[1]))
+    maps = [latent, *references_of(text)]
+    zero, line = (torch.arange(n, device=latent.device) for n in (1, words.shape[1]))
     out: Tensor = net(
-        hidden_states=image_to_tokens(latent, PATCH),
+        hidden_states=torch.cat([image_to_tokens(one, PATCH) for one in maps], dim=1),
         encoder_hidden_states=words,
         timestep=time,
-        img_ids=torch.cartesian_prod(zero, rows, columns, zero),  # (N, 4)
+        img_ids=torch.cat([positions(one, APART * i) for i, one in enumerate(maps)]),  # (N + R, 4)
         txt_ids=torch.cartesian_prod(zero, zero, zero, line),  # (L, 4)
         guidance=guidance,
         return_dict=False,
     )[0]
-    return tokens_to_image(out, PATCH, (h, w))
+    return tokens_to_image(out[:, : h * w], PATCH, (h, w))
+
+
+def positions(image: Tensor, moment: int) -> Tensor:
+    """Return (tokens, 4): the moment, row and column of each token of a map."""
+    rows, columns, zero = (torch.arange(n, device=image.device) for n in (*grid_of(image), 1))
+    return torch.cartesian_prod(zero + moment, rows, columns, zero)
 
 
 @torch.no_grad()
@@ -104,4 +121,5 @@ FLUX2 = Family(
     ),
     tier="free",
     sizes=Geometry(vae_factor=8, channels=32, patch=2),
+    references=ReferencePictures(least_side=64, most_aspect=8, most_pixels=1024**2),
 )

@@ -103,4 +103,5 @@ FLUX3 = Family(
     tier="easy",
     sizes=Geometry(vae_factor=8, channels=32, patch=2),
     heavy_text="8 layers of Qwen3-VL: 41 KB a word, and its prompts have hundreds",
+    references="they have a map and blocks of their own in it, which stay as they are",
 )

@@ -3,7 +3,8 @@
 Time runs from noise, 0, to the picture, 1, and is not multiplied by 1000. The sequence is the
 prompt's tokens, one of time, and the picture's; the class counts every sample's positions as those
 of the first, so prompts are padded on the left, where only distances matter. A second map, which
-reads pictures that come with a prompt, is lifted but not used.
+reads pictures that come with a prompt, is lifted but not used: they take places among the prompt's
+tokens.
 B images, L text tokens, C channels, q the latent patch, N tokens of a picture.
 """
 
@@ -113,4 +114,8 @@ OMNIGEN = Family(
     also_first=("patch_embedding.input_image_proj",),
     has_text_encoder=False,
     sizes=Geometry(vae_factor=8, channels=4, patch=2),
+    references=(
+        "they stand inside its prompt, and its pipeline guides by a third pass without the words, "
+        "neither of which asymlift does"
+    ),
 )

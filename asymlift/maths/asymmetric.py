@@ -20,6 +20,11 @@ def calibrate(sigma: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor]:
     return k, k * sigma
 
 
+def clean_input(x_ref: Tensor, s: float | Tensor) -> Tensor:
+    """x_ref / s, what the network reads of a picture without noise: k at sigma = 0, at any tau."""
+    return x_ref / s
+
+
 def asymmetric_target(x0: Tensor, eps: Tensor, A: Tensor, s: float | Tensor) -> Tensor:
     """u_a = P eps - x0 / s: all of the image, but only the noise inside the subspace."""
     return project(eps, A) - x0 / s

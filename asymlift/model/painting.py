@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.families.base import Geometry, Text
+from asymlift.families.references import with_references
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.maths.schedule import tau_from_sigma
 from asymlift.maths.solver import OnStep
@@ -39,6 +40,7 @@ class Canvas:
     seed: int
     settings: SampleSettings
     sigmas: Tensor  # pixel noise levels
+    references: tuple[Tensor, ...] = ()  # pictures to go by, (1, 3, h_i p, w_i p) in [-1, 1]
 
     def grid(self, geometry: Geometry) -> tuple[int, int]:
         p = geometry.pixel_patch
@@ -49,9 +51,26 @@ class Canvas:
         return pixel_noise(self.seed, indices, self.height, self.width, geometry.pixel_patch)
 
 
+def going_by(references: Sequence[Tensor], paint: Painter) -> Painter:
+    """Let it paint beside these pictures, the same for all; those without a prompt have them too.
+
+    That is how pipelines guide: away from what the prompt adds, not from what the pictures do.
+    """
+
+    def paint_beside(
+        indices: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
+    ) -> Tensor:
+        each = [one.expand(len(indices), -1, -1, -1) for one in references]
+        null_text = None if null_text is None else with_references(null_text, each)
+        return paint(indices, with_references(text, each), null_text, on_step)
+
+    return paint_beside if references else paint
+
+
 def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
     """Draw with a pixel model, whatever weights it has by now."""
     geometry = flow.geometry
+    references = [lifted.color.encode(image.to(flow.A)) for image in canvas.references]
 
     def paint(
         indices: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
@@ -68,7 +87,7 @@ def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
             on_step,
         )
 
-    return paint
+    return going_by(references, paint)
 
 
 def latent_painter(
@@ -81,6 +100,7 @@ def latent_painter(
     """
     geometry, grid = flow.geometry, canvas.grid(flow.geometry)
     taus = tau_from_sigma(canvas.sigmas, lifted.s) if lifted else canvas.sigmas
+    references = [flow.family.encode_latents(vae, image.to(device)) for image in canvas.references]
 
     def noise(indices: Sequence[int]) -> Tensor:
         if lifted:
@@ -99,4 +119,4 @@ def latent_painter(
         image: Tensor = flow.family.decode_latents(vae, latent)
         return image
 
-    return paint
+    return going_by(references, paint)

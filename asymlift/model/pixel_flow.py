@@ -1,6 +1,8 @@
 """A transformer as a velocity field over tokens: the latent model, and the same model in pixels.
 
-B images, N = h w tokens, d latent and D pixel token width, q latent patch.
+B images, N = h w tokens, d latent and D pixel token width, p pixel and q latent patch.
+Pictures to go by are part of the text, without noise, and may have any sizes: latent maps
+(B, C, h q, w q) for the latent model, pictures (B, 3, h p, w p) in its colours for the pixel model.
 """
 
 from typing import Any
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from asymlift.families.base import Family, Geometry, Text
-from asymlift.maths.asymmetric import calibrate, recover_velocity
+from asymlift.families.references import reference_rule, references_of, with_references
+from asymlift.maths.asymmetric import calibrate, clean_input, recover_velocity
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.model.loading import float32_maps
 
@@ -73,7 +76,15 @@ class PixelFlow(nn.Module):
         with torch.autocast(x_t.device.type, enabled=False):
             k, tau = calibrate(sigma.to(self.A.dtype).view(-1, 1, 1), self.s)
             tokens = k * x_t.to(self.A.dtype)
+            text = with_references(text, [self._clean_map(one) for one in references_of(text)])
             return _velocity(self, tokens, tau.flatten(), text, grid).to(self.A.dtype)
+
+    def _clean_map(self, picture: Tensor) -> Tensor:
+        """(B, 3, h p, w p) -> (B, C', h q, w q), as the network reads a picture to go by."""
+        p, q = self.geometry.pixel_patch, self.geometry.patch
+        grid = picture.shape[-2] // p, picture.shape[-1] // p
+        tokens = clean_input(image_to_tokens(picture.to(self.A.dtype), p), self.s)
+        return tokens_to_image(tokens, q, grid)
 
     def recover(self, u_a: Tensor, x_t: Tensor, sigma: Tensor, *, floor: float) -> Tensor:
         """Return the velocity u = eps - x0 that this u_a stands for."""
@@ -85,6 +96,8 @@ class PixelFlow(nn.Module):
 def _velocity(flow: Any, tokens: Tensor, tau: Tensor, text: Text, grid: Grid) -> Tensor:
     """Call the network on canonical tokens and return its velocity as canonical tokens."""
     family, patch = flow.family, flow.geometry.patch
+    if references_of(text):
+        reference_rule(family)  # it must not be silently ignored
     image = tokens_to_image(tokens, patch, grid)  # (B, C or C', h q, w q)
     time = family.time(tau, tokens.shape[1])
     if flow.precision is None:

@@ -26,6 +26,7 @@ def facts_of(family: Family) -> dict[str, Any]:
         "proven": [proof for proof in PROOFS if proof not in family.unproven],
         "unproven": dict(family.unproven),
         "heavy_text": family.heavy_text,
+        "references": not isinstance(family.references, str),
     }
 
 
@@ -47,6 +48,8 @@ def render() -> Any:
 def remarks() -> list[str]:
     """What the columns mean, and whatever is not as it is for most."""
     lines = [f"{proof}: {meaning}" for proof, meaning in PROOFS.items()]
+    takers = [family.name for family in FAMILIES.values() if facts_of(family)["references"]]
+    lines.append(f"{', '.join(takers)}: can go by pictures too (`sample --reference`)")
     for family in FAMILIES.values():
         lines += [f"{family.name}, not {proof}: {why}" for proof, why in family.unproven.items()]
         if family.heavy_text:

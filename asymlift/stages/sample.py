@@ -35,10 +35,12 @@ from asymlift.artifacts.manifest import NAME as MANIFEST
 from asymlift.artifacts.manifest import canonical_json, digest_json, read_manifest
 from asymlift.artifacts.safetensors_stream import load_tensors
 from asymlift.data.order import derive
-from asymlift.data.pictures import encode_png, float_to_image
+from asymlift.data.pictures import encode_png, float_to_image, image_to_float
+from asymlift.data.reference_picture import Reference, read_reference
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import family_of_lifted
 from asymlift.families.base import Family, Geometry, Text
+from asymlift.families.references import reference_rule
 from asymlift.model.loading import (
     embed_prompts,
     load_pipeline,
@@ -77,6 +79,7 @@ class SamplePlan:
     seed: int = 0
     num_per_prompt: int = 1
     negative_prompt: str = ""  # what guidance pushes away from
+    references: tuple[Path, ...] = ()  # pictures to go by, in this order, for every prompt
     text_length: int | None = None
     batch: int = 4
     device: str = "auto"
@@ -203,6 +206,13 @@ class Sources:
             return self.lifted.geometry
         return geometry_of(self._certain_base, self.family)
 
+    @cached_property
+    def references(self) -> list[Reference]:
+        if not self.plan.references:
+            return []
+        rule, patch = reference_rule(self.family), self.geometry.pixel_patch
+        return [read_reference(path, rule, patch) for path in self.plan.references]
+
     @property
     def _certain_base(self) -> DiffusersFolder:
         assert self.base is not None
@@ -258,6 +268,7 @@ class Sources:
     def origin(self) -> dict[str, Any]:
         """Worth knowing about the pictures, but not part of what they are."""
         given = {name: getattr(self.plan, name) for name in ("base", "lifted", "checkpoint")}
+        given |= {f"reference {n}": path for n, path in enumerate(self.plan.references, start=1)}
         return {
             "paths": {name: str(path) for name, path in given.items() if path},
             "family": self.family.name,
@@ -296,6 +307,7 @@ def pictures_of(plan: SamplePlan) -> Iterator[Picture]:
 def describe(plan: SamplePlan, sources: Sources) -> dict[str, Any]:
     """All that decides what the pictures look like: two runs with equal facts draw the same."""
     sigmas = sources.noise_levels()
+    references = [reference.sha256 for reference in sources.references]
     return {
         "prompts": plan.prompts,
         "negative_prompt": plan.negative_prompt,
@@ -309,6 +321,7 @@ def describe(plan: SamplePlan, sources: Sources) -> dict[str, Any]:
         "settings": asdict(plan.settings),
         "noise_levels": f"{len(sigmas) - 1} from {sigmas[0]:.6f}, the last {sigmas[-2]:.4f}",
         "fingerprints": sources.fingerprints,
+        **({"references": references} if references else {}),
     }
 
 
@@ -333,7 +346,8 @@ def draw(
         for weights in kinds
     }
     sigmas = sources.noise_levels()
-    canvas = Canvas(plan.height, plan.width, plan.seed, plan.settings, sigmas)
+    references = tuple(image_to_float(one.image).unsqueeze(0) for one in sources.references)
+    canvas = Canvas(plan.height, plan.width, plan.seed, plan.settings, sigmas, references)
     total = plan.settings.steps * sum(map(len, batches.values()))
     with log.progress("sampling", total) as ticker:
         for weights in kinds:

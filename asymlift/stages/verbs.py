@@ -12,6 +12,7 @@ from asymlift.artifacts.checkpoint import newest_whole, step_folder
 from asymlift.artifacts.files import human_bytes, plural
 from asymlift.data.buckets import buckets
 from asymlift.data.catalog import expand
+from asymlift.data.reference_picture import digest, reference_bytes
 from asymlift.data.stream import expand_urls
 from asymlift.errors import BadData, BadRecipe, StoppedEarly, Unavailable
 from asymlift.maths.color import ColorCode
@@ -277,6 +278,7 @@ class SampleRequest:
 
     prompts: tuple[str, ...] = ()
     prompts_file: Path | None = None
+    references: tuple[Path, ...] = ()
     weights: tuple[str, ...] = ()
     compare: bool = False
     step: int | None = None
@@ -300,7 +302,7 @@ def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
     use, trained = recipe.sample, {"ema", "raw"} & set(weights)
     checkpoint = checkpoint_for(recipe, request.step) if trained else None
     return SamplePlan(
-        out=request.out or recipe.run_folder / "samples" / folder_name(prompts),
+        out=request.out or recipe.run_folder / "samples" / folder_name(prompts, request.references),
         prompts=tuple(prompts),
         height=use.height,
         width=use.width,
@@ -312,17 +314,22 @@ def sample_plan(recipe: Recipe, request: SampleRequest) -> SamplePlan:
         family=named_family(recipe),
         seed=use.seed,
         num_per_prompt=request.num,
+        references=request.references,
         text_length=recipe.model.text_length,
         batch=use.batch,
         overwrite=request.overwrite,
     )
 
 
-def folder_name(prompts: Sequence[str]) -> str:
-    """The first prompt, readable, and a digest of all: other prompts get another folder."""
+def folder_name(prompts: Sequence[str], references: Sequence[Path] = ()) -> str:
+    """The first prompt, readable, and a digest of all: others, or other pictures to go by, differ.
+
+    Prompts alone have the name that they always had.
+    """
     words = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:40]
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:6]
-    return f"prompts-{words}-{digest}"
+    seen = [digest(reference_bytes(path)) for path in references]
+    together = hashlib.sha256("\n".join([*prompts, *seen]).encode()).hexdigest()[:6]
+    return f"prompts-{words}-{together}"
 
 
 def chosen_weights(recipe: Recipe, request: SampleRequest) -> tuple[Weights, ...]:
@@ -357,6 +364,7 @@ def check_sample(recipe: Recipe, request: SampleRequest) -> dict[str, Any]:
         "weights": ", ".join(plan.weights),
         "checkpoint": str(plan.checkpoint) if plan.checkpoint else None,
         "pictures": len(plan.prompts) * plan.num_per_prompt * len(plan.weights),
+        **({"references": len(plan.references)} if plan.references else {}),
         "would write": str(plan.out),
     }
 

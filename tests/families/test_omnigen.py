@@ -5,7 +5,8 @@ import torch
 
 from asymlift.families import FAMILIES
 from asymlift.families.omnigen import attention_mask, rotation
-from asymlift.maths.patches import tokens_to_image
+from asymlift.maths.asymmetric import clean_input, project
+from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from tests.tiny import lifted_pair, tiny_pipeline, tiny_text, tiny_transformer
 
 OMNIGEN = FAMILIES["omnigen"]
@@ -53,18 +54,40 @@ def test_both_maps_that_read_pictures_are_lifted():
     assert not torch.allclose(first, second)
 
 
+@torch.no_grad()
 def test_a_picture_that_comes_with_a_prompt_is_read_by_the_second_map():
-    """Clean pixels over s are to the lifted map what clean latents are to the base's."""
-    pair, grid, q = lifted_pair("omnigen"), (4, 6), 2
-    z = torch.randn(1, 24, pair.geometry.d, dtype=torch.float64)
-    latent = tokens_to_image(z, q, grid)
-    x_ref = pair.s * z @ pair.A.T
-    pixels = tokens_to_image(x_ref / pair.s, q, grid)
-    read = [
-        flow.net.patch_embedding([image], is_input_image=True)[0]
-        for flow, image in ((pair.latent, latent), (pair.pixel, pixels))
-    ]
-    torch.testing.assert_close(*read)
+    """Clean pixels over s are to the lifted map what clean latents are to the base's.
+
+    Through the whole class: the answer is A times the base's, with anything outside the subspace.
+    """
+    pair, q = lifted_pair("omnigen"), 2
+    g = torch.Generator().manual_seed(0)
+    z, z_t = (torch.randn(1, n, 16, generator=g, dtype=torch.float64) for n in (6, 24))
+    outside = torch.randn(1, 6, len(pair.A), generator=g, dtype=torch.float64)
+    x_ref = pair.s * z @ pair.A.T + outside - project(outside, pair.A)
+
+    def answer(flow, drawn, *pictures):
+        words, places = 4 + 6, [[2, 8]] * len(pictures)  # among the words
+        length = words + 1 + 24
+        raw = flow.net(
+            hidden_states=tokens_to_image(drawn, q, (4, 6)),
+            timestep=torch.tensor([0.3], dtype=torch.float64),
+            input_ids=torch.arange(words).unsqueeze(0),
+            input_img_latents=[tokens_to_image(one, q, (2, 3)) for one in pictures],
+            input_image_sizes={0: places},
+            attention_mask=torch.ones(1, length, length, dtype=torch.float64),
+            position_ids=torch.arange(length).unsqueeze(0),
+            return_dict=False,
+        )[0]
+        return image_to_tokens(raw, q)
+
+    wanted = answer(pair.latent, z_t, z) @ pair.A.T
+    x_t = z_t @ pair.A.T
+    close = {"rtol": 0, "atol": 1e-12 * float(wanted.abs().max())}
+    torch.testing.assert_close(answer(pair.pixel, x_t, clean_input(x_ref, pair.s)), wanted, **close)
+    for wrong in ([x_ref], []):  # not divided by s; not read at all
+        far = answer(pair.pixel, x_t, *wrong) - wanted
+        assert far.abs().max() > 1e-3 * wanted.abs().max()
 
 
 def test_a_prompt_stands_inside_the_pipelines_instruction():

@@ -3,7 +3,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from asymlift.maths.asymmetric import asymmetric_target, calibrate, project, recover_velocity
+from asymlift.maths.asymmetric import (
+    asymmetric_target,
+    calibrate,
+    clean_input,
+    project,
+    recover_velocity,
+)
 from asymlift.maths.basis import random_basis
 
 D = 12
@@ -73,7 +79,19 @@ def test_pure_noise_and_clean_images_keep_their_noise_level_to_the_last_bit(s, d
     k, tau = calibrate(torch.tensor([1.0, 0.0], dtype=dtype), s)
     assert tau.tolist() == [1.0, 0.0]
     assert k[0] == 1
-    assert float(k[1]) == pytest.approx(1 / s)  # reference images of edit models enter as x / s
+    assert float(k[1]) == pytest.approx(1 / s)
+
+
+@pytest.mark.parametrize("s", [0.4, 1.0, 2.5])
+def test_a_clean_picture_is_read_as_the_clean_latent_at_any_noise_level(s):
+    """x_ref / s, which is k x_ref at sigma = 0; the k of the noisy picture beside it is wrong."""
+    A, z0, outside = basis(4), torch.randn(3, 5, 4), torch.randn(3, 5, D)
+    x_ref = s * z0 @ A.T + outside - project(outside, A)
+
+    assert_close(clean_input(x_ref, s) @ A, z0)
+    assert_close(clean_input(x_ref, s), calibrate(level(0.0), s)[0] * x_ref)
+    if s != 1:
+        assert not torch.allclose(calibrate(level(0.5), s)[0] * x_ref @ A, z0, rtol=0.1)
 
 
 @pytest.mark.parametrize("s", [0.4, 2.5])

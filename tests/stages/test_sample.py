@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from asymlift.artifacts.checkpoint import committing
@@ -18,11 +19,12 @@ from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import sha256_file
 from asymlift.artifacts.lifted_folder import KIND, read_lifted, write_lifted_facts
 from asymlift.artifacts.manifest import digest_json, write_manifest
-from asymlift.data.pictures import decode_image, image_to_float
+from asymlift.data.pictures import decode_image, encode_picture, image_to_float
 from asymlift.errors import BadData, BadRecipe, CannotWrite, Unavailable
 from asymlift.families import FAMILIES
+from asymlift.families.references import with_references
 from asymlift.maths.color import ColorCode
-from asymlift.maths.patches import tokens_to_image
+from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.maths.schedule import tau_from_sigma
 from asymlift.model.loading import load_transformer
 from asymlift.model.painting import Canvas
@@ -177,6 +179,143 @@ def test_lifted_pictures_are_the_decoded_latents_seen_through_the_basis(plan):
     low = COLOR.decode(tokens_to_image(S * z @ lifted.A.T, 8, grid)).clamp(-1, 1)
     assert low.std() > 0.1
     assert (drawn - low).abs().max() < 2e-4
+
+
+@pytest.fixture
+def references(tmp_path):
+    """Two picture files of unlike sizes, neither a whole number of patches."""
+    paths = tmp_path / "room.png", tmp_path / "chair.jpg"
+    for path, size, kind in zip(paths, ((70, 101), (131, 66)), ("png", "jpeg"), strict=True):
+        g = torch.Generator().manual_seed(size[0])
+        image = torch.randint(0, 256, (3, *size), generator=g, dtype=torch.uint8)
+        path.write_bytes(encode_picture(image, kind))
+    return paths
+
+
+def floats(path):
+    return image_to_float(decode_image(path.read_bytes())).unsqueeze(0)
+
+
+def middle(path):
+    """A picture as the model is given it: 70 x 101 and 131 x 66, cut to patches of 8."""
+    image = floats(path)
+    return image[..., 3:67, 2:98] if image.shape[-1] == 101 else image[..., 1:129, 1:65]
+
+
+@torch.no_grad()
+def test_lifted_and_base_go_by_reference_pictures_each_in_its_own_way(plan, references):
+    """The base by what its VAE makes of them, the lifted model by A^T x / s; guided too."""
+    settings = SampleSettings("euler", 4, guidance=3.0, clamp=False, shift="base")
+    plan = change(plan, settings=settings, references=references, precision="float32")
+    sources = Sources(plan)
+    lifted, taus = sources.lifted, tau_from_sigma(sources.noise_levels(), S)
+    seen = tuple(image_to_float(one.image).unsqueeze(0) for one in sources.references)
+    canvas = Canvas(16, 24, plan.seed, settings, sources.noise_levels(), seen)
+    grid, vae = canvas.grid(lifted.geometry), tiny.tiny_vae("flux2")
+    text, null = tiny.tiny_text("flux2", 2), tiny.tiny_text("flux2", 2, seed=9)
+    flow = LatentFlow(
+        load_transformer(plan.base, FAMILY, dtype=torch.float32), FAMILY, lifted.geometry
+    )
+    eps = latent_noise(canvas.noise(lifted.geometry, [0, 1]), lifted.A)
+
+    def drawn(weights):
+        paint = load_painter(plan, sources, weights, canvas, torch.device("cpu"))
+        return paint([0, 1], text, null, None)
+
+    def latents(maps):
+        texts = [
+            with_references(one, [z.expand(2, -1, -1, -1) for z in maps]) for one in (text, null)
+        ]
+        return sample_latents(flow, eps, *texts, taus, settings, grid)
+
+    by_code = []
+    for image in map(middle, references):
+        tokens = image_to_tokens(COLOR.encode(image), 8) @ lifted.A / S
+        by_code.append(tokens_to_image(tokens, 2, (image.shape[-2] // 8, image.shape[-1] // 8)))
+    low = COLOR.decode(tokens_to_image(S * latents(by_code) @ lifted.A.T, 8, grid)).clamp(-1, 1)
+    assert (drawn("lifted") - low).abs().max() < 2e-4
+
+    by_vae = [FAMILY.encode_latents(vae, middle(path)) for path in references]
+    image = FAMILY.decode_latents(vae, tokens_to_image(latents(by_vae), 2, grid))
+    assert (drawn("base") - image).abs().max() < 2e-4
+
+    alone = COLOR.decode(tokens_to_image(S * latents([]) @ lifted.A.T, 8, grid)).clamp(-1, 1)
+    assert (low - alone).abs().max() > 0.05  # they do guide
+
+
+def test_all_weights_go_by_references_and_other_references_are_other_pictures(plan, references):
+    plan = change(plan, weights=("base", "lifted", "ema", "raw"), references=references)
+    assert sample(plan).num_drawn == 8
+    assert sample(plan).num_drawn == 0  # and done is done
+    index = json.loads((plan.out / INDEX).read_bytes())
+    assert index["facts"]["references"] == [sha256_file(path) for path in references]
+    assert index["paths"]["reference 2"] == str(references[1])
+
+    alone = change(plan, references=(), out=plan.out.with_name("alone"))
+    sample(alone)
+    assert "references" not in json.loads((alone.out / INDEX).read_bytes())["facts"]
+    for path in plan.out.glob("0*.png"):
+        assert path.read_bytes() != (alone.out / path.name).read_bytes()
+
+    for others in (references[:1], references[::-1], ()):
+        with pytest.raises(CannotWrite, match="made with other references"):
+            sample(change(plan, references=others))
+    references[0].rename(references[0].with_name("elsewhere.png"))
+    moved = (references[0].with_name("elsewhere.png"), references[1])
+    assert sample(change(plan, references=moved)).num_drawn == 0  # the bytes count, not the name
+    moved[0].write_bytes(references[1].read_bytes())
+    with pytest.raises(CannotWrite, match="made with other references"):
+        sample(change(plan, references=moved))
+
+
+def small_picture(path):
+    path.write_bytes(encode_picture(torch.zeros(3, 40, 90, dtype=torch.uint8), "png"))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda path: None, Unavailable, "there is no such file"),
+        (lambda path: path.mkdir(), BadData, "cannot be read: Is a directory"),
+        (os.mkfifo, BadData, "cannot be read: no regular file"),
+        (lambda path: path.write_text("%!PS"), BadData, "not a JPEG, PNG or WebP image"),
+        (lambda path: path.write_bytes(b""), BadData, "not a JPEG, PNG or WebP image"),
+        (small_picture, BadData, "90 x 40 pixels; this model takes pictures of at least 64 pixels"),
+    ],
+)
+def test_a_reference_that_cannot_be_used_is_named_before_anything_is_written(
+    plan, tmp_path, references, make, kind, message
+):
+    path = tmp_path / "reference.png"
+    make(path)
+    with pytest.raises(kind, match=f"^reference picture {path}: {message}"):
+        sample(change(plan, references=(references[0], path)))
+    assert not plan.out.exists()
+
+
+def test_a_reference_file_that_is_far_too_long_is_not_read(plan, references, monkeypatch):
+    monkeypatch.setattr("asymlift.data.reference_picture.MOST_BYTES", 1000)
+    with pytest.raises(BadData, match=r"room.png: cannot be read: it is longer than 1000 bytes"):
+        sample(change(plan, references=references))
+
+
+def test_references_are_turned_upright_and_their_alpha_lies_over_white(plan, tmp_path):
+    """As every picture that enters asymlift, so not as the pipeline would take the file."""
+    path, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 70), "red").save(path, exif=exif)
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(clear)
+    upright, white = Sources(change(plan, references=(path, clear))).references
+    assert upright.image.shape == (3, 96, 64)
+    assert white.image.min() == 255
+
+
+def test_a_family_that_takes_no_references_is_named(plan, tmp_path, references):
+    base = tiny.write_pipeline(tmp_path / "sd3", "sd3")
+    plan = change(plan, base=base, lifted=None, checkpoint=None, weights=("base",))
+    with pytest.raises(BadRecipe, match="sd3 takes no reference pictures: nobody has told"):
+        sample(change(plan, references=references))
 
 
 def test_a_second_run_says_that_it_is_done(plan):

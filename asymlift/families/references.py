@@ -1,0 +1,37 @@
+"""Pictures that a model is to go by beside the prompt: how they reach `run`, and who takes them.
+
+They are clean, and may have any sizes. Each is one more tensor of the text, (B, c, h_i q, w_i q),
+under a name with its number, since their order counts.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from asymlift.errors import BadRecipe
+from asymlift.families.base import Family, ReferencePictures, Text
+
+
+def name_of(number: int) -> str:
+    return f"reference_{number}"
+
+
+def references_of(text: Text) -> list[Tensor]:
+    """Return the pictures to go by, in their order; mostly there are none."""
+    found: list[Tensor] = []
+    while (one := text.get(name_of(len(found)))) is not None:
+        assert isinstance(one, Tensor)  # all samples of a batch have pictures of the same sizes
+        found.append(one)
+    return found
+
+
+def with_references(text: Text, references: Sequence[Tensor]) -> Text:
+    """Return the text with these pictures in place of those of the same numbers."""
+    return {**text, **{name_of(number): one for number, one in enumerate(references)}}
+
+
+def reference_rule(family: Family) -> ReferencePictures:
+    """Return what pictures to go by the family takes; BadRecipe, with the reason, if none."""
+    if isinstance(family.references, str):
+        raise BadRecipe(f"{family.name} takes no reference pictures: {family.references}")
+    return family.references
