@@ -1,7 +1,8 @@
 """Base model and basis -> lifted/: the same pipeline, its transformer reading pixel tokens.
 
-Two maps change; everything else keeps its bytes, and most files are hard links. The new folder is
-built beside its target and renamed when it has been verified.
+Two maps change; everything else keeps its bytes. Weights without a map are hard links; configs,
+tokenizers and papers are copies, so that they can be edited. The new folder is built beside its
+target and renamed when it has been verified.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from asymlift.artifacts.diffusers_folder import PICKLES, DiffusersFolder, read_j
 from asymlift.artifacts.files import free_bytes, human_bytes, sha256_file
 from asymlift.artifacts.lifted_weights import COMPONENT, LiftedWeights
 from asymlift.artifacts.manifest import check_manifest, digest_json, list_files, read_manifest
-from asymlift.artifacts.staging import StagedFolder, staged_folder
+from asymlift.artifacts.staging import StagedFolder, is_shared, staged_folder
 from asymlift.errors import BadData, CannotWrite
 from asymlift.families.base import Family, Geometry
 from asymlift.maths.color import ColorCode
@@ -314,7 +315,7 @@ def _build(
             else:
                 carried[name] = path
         for name, path in carried.items():
-            linked += staged.link(name, path, functools.partial(source.base.sha256, path))
+            linked += staged.take(name, path, functools.partial(source.base.sha256, path))
             ticker.tick(note=name)
     staged.write(f"{COMPONENT}/config.json", weights.config())
     if index := weights.index():
@@ -352,7 +353,7 @@ def _check_space(plan: ConvertPlan, source: Source, staged: StagedFolder) -> Non
             continue  # from an earlier run; if it is to be made again, its space is free first
         if path in weights.headers and weights.is_changed(path):
             needed += weights.num_bytes(path)
-        elif not can_link:
+        elif not (can_link and is_shared(path)):
             needed += path.stat().st_size
     free = free_bytes(staged.work)
     if free < needed:

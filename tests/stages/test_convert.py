@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_two_maps_change_and_every_other_tensor_keeps_its_bits(shards, tmp_path)
     assert max(dataclasses.astuple(report.maps)) < 1e-7
 
 
-def test_all_else_is_the_base_linked_and_not_copied(plan):
+def test_all_else_is_the_base_its_weights_linked(plan):
     report = convert(plan)
     changed = {
         "manifest.json",
@@ -87,9 +88,22 @@ def test_all_else_is_the_base_linked_and_not_copied(plan):
     assert lifted.keys() - changed == base.keys() - changed
     for name in lifted.keys() - changed:
         assert lifted[name] == base[name]
-        assert (plan.output / name).samefile(plan.base / name)
-    assert report.linked == len(lifted.keys() - changed)
+        linked = name.endswith(".safetensors")
+        assert (plan.output / name).samefile(plan.base / name) == linked
+    assert report.linked == 3  # VAE, text encoder, the shard of no map
     assert report.license == "other, a-license"
+
+
+def test_editing_the_lifted_folder_leaves_the_base_alone(plan):
+    before = snapshot(plan.base)
+    convert(plan)
+    edited = [p for p in plan.output.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
+    for path in edited:
+        with path.open("ab") as file:  # the same file, not another in its place
+            file.write(b"edited")
+    assert plan.output / "model_index.json" in edited
+    assert plan.output / "README.md" in edited
+    assert snapshot(plan.base) == before
 
 
 def test_where_links_are_impossible_files_are_copied(plan, monkeypatch):
@@ -237,6 +251,26 @@ def test_a_second_convert_at_the_same_time_is_refused(plan):
         convert(plan)
 
 
+def test_copies_count_as_space_even_where_links_are_possible(plan, monkeypatch):
+    monkeypatch.setattr("asymlift.stages.convert.human_bytes", str)
+    monkeypatch.setattr("asymlift.stages.convert.free_bytes", lambda path: 0)
+
+    def needed():
+        with pytest.raises(CannotWrite, match="needs") as error:
+            convert(plan)
+        return int(re.search(r"needs (\d+)", str(error.value))[1])
+
+    before = needed()
+    for name in (
+        "README.md",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+    ):
+        with (plan.base / name).open("ab") as file:
+            file.write(b" " * 1000)
+    assert needed() == before + 2000  # weights are linked
+
+
 def test_too_little_space_is_said_before_the_first_byte(plan, monkeypatch):
     monkeypatch.setattr("asymlift.stages.convert.free_bytes", lambda path: 1000)
     with pytest.raises(CannotWrite, match=r"lifted: needs 1\.0 MiB, but only 1000 bytes are free"):
@@ -256,17 +290,18 @@ def test_the_copies_of_a_killed_run_are_kept_and_need_no_space(plan, monkeypatch
     monkeypatch.setattr(Path, "hardlink_to", no_links)
     shard = next((plan.base / "transformer").glob("*-00002-of-*"))  # of no map
     text_encoder = plan.base / "text_encoder/model.safetensors"
+    index = plan.base / "model_index.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("asymlift.stages.convert._verify", killed)
         convert(plan)
     new = plan.output.with_name(".lifted.work") / "new"
-    copies = [new / path.relative_to(plan.base) for path in (shard, text_encoder)]
+    copies = [new / path.relative_to(plan.base) for path in (shard, text_encoder, index)]
     before = [path.stat().st_mtime_ns for path in copies]
     monkeypatch.setattr("asymlift.stages.convert.free_bytes", lambda path: SLACK)
 
     convert(plan)
 
-    copies = [plan.output / path.relative_to(plan.base) for path in (shard, text_encoder)]
+    copies = [plan.output / path.relative_to(plan.base) for path in (shard, text_encoder, index)]
     assert [path.stat().st_mtime_ns for path in copies] == before
 
 
