@@ -18,6 +18,7 @@ from asymlift.maths.patches import Order
 
 Config = Mapping[str, Any]
 Text = dict[str, Tensor | list[Tensor]]
+TRANSFORMER = "transformer"  # what every pipeline calls the network that draws
 
 # What the tests show of every family on every commit, on tiny models of the real classes.
 PROOFS = {
@@ -98,6 +99,9 @@ class Family:
     # and the variance of its gradient is not measured.
     last_reads: Callable[[Tensor], Tensor] | None = lambda read: read
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
+    # A second network of this class in the pipeline: guidance goes against it, and `run` gives it
+    # no words (see text.without_words). It is lifted with the same basis, and does not train.
+    wordless: str | None = None
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
     library: str | None = None  # one's own package, whose classes a checkpoint may name too
@@ -111,6 +115,11 @@ class Family:
     def first_maps(self) -> tuple[str, ...]:
         """Return the paths of all maps that read tokens."""
         return (self.first, *self.also_first)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Return the components of the pipeline that are lifted; the first is the one to train."""
+        return (TRANSFORMER,) if self.wordless is None else (TRANSFORMER, self.wordless)
 
 
 def trained_in_full(family: Family) -> dict[str, str]:
