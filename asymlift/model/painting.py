@@ -26,7 +26,7 @@ from asymlift.model.sampling import (
     sample_pixels,
 )
 
-# (indices, text, text of the empty prompt, on_step) -> (B, 3, H, W) in [-1, 1]
+# (indices, text, what guidance goes against, on_step) -> (B, 3, H, W) in [-1, 1]
 Painter = Callable[[Sequence[int], Text, Text | None, OnStep | None], Tensor]
 
 
@@ -49,8 +49,10 @@ class Canvas:
         return pixel_noise(self.seed, indices, self.height, self.width, geometry.pixel_patch)
 
 
-def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
-    """Draw with a pixel model, whatever weights it has by now."""
+def pixel_painter(
+    flow: PixelFlow, lifted: Lifted, canvas: Canvas, against: PixelFlow | None = None
+) -> Painter:
+    """Draw with a pixel model, whatever weights it has by now; guide against another, if given."""
     geometry = flow.geometry
 
     def paint(
@@ -66,15 +68,21 @@ def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
             lifted.color,
             canvas.grid(geometry),
             on_step,
+            against,
         )
 
     return paint
 
 
 def latent_painter(
-    flow: LatentFlow, vae: Any, lifted: Lifted | None, canvas: Canvas, device: torch.device
+    flow: LatentFlow,
+    vae: Any,
+    lifted: Lifted | None,
+    canvas: Canvas,
+    device: torch.device,
+    against: LatentFlow | None = None,
 ) -> Painter:
-    """Draw with the latent model and decode by its VAE.
+    """Draw with the latent model and decode by its VAE; guide against another model, if given.
 
     With a lifted model beside it, from the noise that this one sees in pixels, and on the same
     steps; alone, from noise of its own, `canvas.sigmas` being its own levels.
@@ -94,7 +102,7 @@ def latent_painter(
         indices: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
     ) -> Tensor:
         z = noise(indices).to(device)
-        z = sample_latents(flow, z, text, null_text, taus, canvas.settings, grid, on_step)
+        z = sample_latents(flow, z, text, null_text, taus, canvas.settings, grid, on_step, against)
         latent = tokens_to_image(z, geometry.patch, grid)
         image: Tensor = flow.family.decode_latents(vae, latent)
         return image
