@@ -59,6 +59,10 @@ class DiffusersFolder:
             check_component_name(self.path / "model_index.json", name)
         return found
 
+    def has(self, component: str) -> bool:
+        """Whether a component is named in model_index.json, and there."""
+        return component in self.components and (self.path / component).is_dir()
+
     def folder(self, component: str) -> Path:
         """The folder of a component that must be there."""
         folder = self.path / component

@@ -63,6 +63,11 @@ def link_or_copy(source: Path, target: Path) -> str | None:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
+    return copy_file(source, target)
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Copy a file's bytes, following links, and return the sha256 of what was copied."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
     part = target.with_name(target.name + ".part")
     with source.open("rb", buffering=0) as original, part.open("wb", buffering=0) as copy:

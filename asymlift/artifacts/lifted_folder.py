@@ -1,5 +1,6 @@
 """lifted/: a diffusers pipeline folder whose transformer reads pixel tokens.
 
+A second network of the same class is lifted with it, by the same A and s, where the family has one.
 Beside the transformer's own files lie asymlift.safetensors (A, s; named as in a basis) and
 asymlift.json (family, geometry, colour, fingerprints, how well the conversion was verified).
 """
@@ -13,18 +14,19 @@ import torch
 from torch import Tensor
 
 from asymlift.artifacts.basis_file import MAX_ORTHONORMALITY_ERROR, orthonormality_error
-from asymlift.artifacts.diffusers_folder import read_json
+from asymlift.artifacts.diffusers_folder import is_plain_name, read_json
 from asymlift.artifacts.files import sha256_file, write_bytes_atomically
-from asymlift.artifacts.manifest import canonical_json, read_manifest
+from asymlift.artifacts.manifest import Manifest, canonical_json, read_manifest
 from asymlift.artifacts.safetensors_stream import load_tensors, save_tensors
 from asymlift.errors import BadData
-from asymlift.families.base import Geometry
+from asymlift.families.base import TRANSFORMER, Geometry
 from asymlift.maths.color import ColorCode
 
 KIND = "lifted"
 FORMAT = 1
 FACTS = "transformer/asymlift.json"
 TENSORS = "transformer/asymlift.safetensors"
+OF_BASE = "base_"  # with a component's name: the fingerprint of a network that was lifted
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Lifted:
     color: ColorCode
     fingerprints: dict[str, str]  # base transformer, vae, basis: what it was made from
     facts: dict[str, Any]  # all of asymlift.json
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The components that read pixel tokens."""
+        keys = sorted(key for key in self.fingerprints if key.startswith(OF_BASE))
+        others = (key.removeprefix(OF_BASE) for key in keys if key != OF_BASE + TRANSFORMER)
+        return (TRANSFORMER, *others)
 
 
 def write_lifted_facts(
@@ -71,12 +80,7 @@ def read_lifted(folder: Path) -> Lifted:
     manifest = read_manifest(folder)
     if manifest.kind != KIND:
         raise BadData(f"{folder}: holds a {manifest.kind}, not a lifted model.")
-    for name in (FACTS, TENSORS, "transformer/config.json"):
-        path = folder / name
-        if name not in manifest.files or not path.is_file():
-            raise BadData(f"{path}: missing. Run `asymlift convert` again.")
-        if sha256_file(path) != manifest.files[name][1]:
-            raise BadData(f"{path}: its bytes have changed. Run `asymlift convert` again.")
+    _check_bytes(folder, manifest, FACTS, TENSORS, "transformer/config.json")
     facts = read_json(folder / FACTS)
     if facts.get("format") != FORMAT:
         raise BadData(f"{folder / FACTS}: format {facts.get('format')}; this one reads {FORMAT}.")
@@ -99,7 +103,7 @@ def read_lifted(folder: Path) -> Lifted:
         )
     if not orthonormality_error(A) <= MAX_ORTHONORMALITY_ERROR or not 0 < float(s) < float("inf"):
         raise BadData(f"{folder / TENSORS}: A is not orthonormal, or s = {float(s)} not positive.")
-    return Lifted(
+    lifted = Lifted(
         folder=folder,
         family=family,
         geometry=geometry,
@@ -109,3 +113,17 @@ def read_lifted(folder: Path) -> Lifted:
         fingerprints=fingerprints,
         facts=facts,
     )
+    for component in lifted.networks:
+        if not is_plain_name(component):
+            raise BadData(f"{folder / FACTS}: {component!r} is no plain folder name.")
+        _check_bytes(folder, manifest, f"{component}/config.json")
+    return lifted
+
+
+def _check_bytes(folder: Path, manifest: Manifest, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        if name not in manifest.files or not path.is_file():
+            raise BadData(f"{path}: missing. Run `asymlift convert` again.")
+        if sha256_file(path) != manifest.files[name][1]:
+            raise BadData(f"{path}: its bytes have changed. Run `asymlift convert` again.")

@@ -22,17 +22,16 @@ from asymlift.artifacts.safetensors_stream import (
     read_tensor,
 )
 from asymlift.errors import BadData
-from asymlift.families.base import Family, Geometry
+from asymlift.families.base import TRANSFORMER, Family, Geometry
 from asymlift.maths.lift import lift_first, lift_last
-
-COMPONENT = "transformer"
 
 
 @dataclass(frozen=True)
 class LiftedWeights:
-    """What the files of the lifted transformer will hold; nothing is written yet."""
+    """What the files of one lifted network will hold; nothing is written yet."""
 
     base: DiffusersFolder
+    component: str  # of the pipeline
     family: Family
     geometry: Geometry
     A: Tensor  # (D, d)
@@ -41,10 +40,21 @@ class LiftedWeights:
 
     @classmethod
     def of(
-        cls, base: DiffusersFolder, family: Family, geometry: Geometry, A: Tensor
+        cls,
+        base: DiffusersFolder,
+        family: Family,
+        geometry: Geometry,
+        A: Tensor,
+        component: str = TRANSFORMER,
     ) -> "LiftedWeights":
-        headers = base.headers(COMPONENT)
-        return cls(base, family, geometry, A, headers, _changed(base, family, geometry, headers))
+        headers = base.headers(component)
+        changed = _changed(base.folder(component), family, geometry, headers)
+        return cls(base, component, family, geometry, A, headers, changed)
+
+    @property
+    def folder(self) -> Path:
+        """The base's folder of this network."""
+        return self.base.folder(self.component)
 
     def is_changed(self, path: Path) -> bool:
         """Whether a weight file holds anything of the two maps."""
@@ -84,18 +94,18 @@ class LiftedWeights:
             values = lift_first(values, A, patch=q, order=self.family.order_in)
         # The first bias keeps its values: only its type becomes that of its weight.
         if not bool(torch.isfinite(values).all()):
-            raise BadData(f"{self.base.path}: {name} holds NaN or infinity. Get the file again.")
+            raise BadData(f"{self.folder}: {name} holds NaN or infinity. Get the file again.")
         return values.float()
 
     def config(self) -> bytes:
         """config.json with other channel numbers, in its own order and indentation."""
-        original = (self.base.folder(COMPONENT) / "config.json").read_text(encoding="utf-8")
+        original = (self.folder / "config.json").read_text(encoding="utf-8")
         channels = self.family.channels(self.geometry.pixel_channels)
         return _dump_like(original, json.loads(original) | channels)
 
     def index(self) -> tuple[str, bytes] | None:
         """The index of the shards: the same map, the new size. None without shards."""
-        path = self.base.index_path(COMPONENT)
+        path = self.base.index_path(self.component)
         if path is None:
             return None
         index = read_index(path)
@@ -105,7 +115,7 @@ class LiftedWeights:
 
     def check(self, folder: Path) -> None:
         """What was written has the base's tensors: names, types, and shapes but for the maps."""
-        found = _plain(DiffusersFolder(folder).headers(COMPONENT).values())
+        found = _plain(DiffusersFolder(folder).headers(self.component).values())
         expected = _plain(Header(self.tensors(path), {}) for path in self.headers)
         assert found == expected, sorted(found ^ expected)[:3]
 
@@ -115,14 +125,14 @@ def _plain(headers: Iterable[Header]) -> set[tuple[str, str, tuple[int, ...]]]:
 
 
 def _changed(
-    base: DiffusersFolder, family: Family, geometry: Geometry, headers: dict[Path, Header]
+    folder: Path, family: Family, geometry: Geometry, headers: dict[Path, Header]
 ) -> dict[str, TensorInfo]:
     stored = {name: info for header in headers.values() for name, info in header.tensors.items()}
     for path in (*family.first_maps, family.last):
         if f"{path}.weight" not in stored:
             raise BadData(
-                f"{base.path}: its transformer has no tensor {path}.weight, which family "
-                f"{family.name} names as one of its two maps."
+                f"{folder}: has no tensor {path}.weight, which family {family.name} names as one "
+                "of its two maps."
             )
     changed = {}
     places = [(path, _first_shape) for path in family.first_maps] + [(family.last, _last_shape)]
@@ -134,13 +144,13 @@ def _changed(
             size, dtype = DTYPES[info.dtype]
             if not dtype.is_floating_point or size == 1:
                 raise BadData(
-                    f"{base.path}: {name} is stored as {info.dtype}. A quantised map cannot be "
+                    f"{folder}: {name} is stored as {info.dtype}. A quantised map cannot be "
                     "lifted; use the checkpoint in bfloat16 or float32."
                 )
             shape = lifted_shape(info.shape, geometry)
             if shape is None:
                 raise BadData(
-                    f"{base.path}: {name} has shape {info.shape}, which does not go with latent "
+                    f"{folder}: {name} has shape {info.shape}, which does not go with latent "
                     f"tokens of {geometry.d} numbers."
                 )
             changed[name] = TensorInfo("F32", shape)

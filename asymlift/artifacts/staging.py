@@ -15,6 +15,7 @@ from typing import Any
 
 from asymlift.artifacts import manifest
 from asymlift.artifacts.files import (
+    copy_file,
     exclusive_lock,
     fsync_folder,
     link_or_copy,
@@ -24,6 +25,16 @@ from asymlift.artifacts.files import (
 )
 from asymlift.artifacts.parsing import parse_json
 from asymlift.errors import BadData
+
+LARGE = 1 << 26  # bytes; what people edit is smaller, even a tokenizer of 256,000 words (34 MB)
+
+
+def is_shared(source: Path) -> bool:
+    """Whether a file taken over is linked: weights, and what else is too large to copy lightly.
+
+    Whoever edits a linked file in place edits both folders, so all that is edited is copied.
+    """
+    return source.suffix == ".safetensors" or source.stat().st_size >= LARGE
 
 
 class StagedFolder:
@@ -70,15 +81,15 @@ class StagedFolder:
         write_bytes_atomically(self._place(name), data)
         self.sha256[name] = sha256_file(self.new / name)
 
-    def link(self, name: str, source: Path, sha256: Callable[[], str]) -> bool:
+    def take(self, name: str, source: Path, sha256: Callable[[], str]) -> bool:
         """Take a file over as it is; True if that cost no space. A copy is not made twice."""
-        path, copied = self._place(name), None
+        path, shared, copied = self._place(name), is_shared(source), None
         if self._is_finished(name, path, sha256):
             return False
         with writing(path):
-            if not (path.exists() and path.samefile(source)):
+            if not (shared and path.exists() and path.samefile(source)):
                 path.unlink(missing_ok=True)
-                copied = link_or_copy(source, path)
+                copied = link_or_copy(source, path) if shared else copy_file(source, path)
             self.sha256[name] = sha256()
             if copied not in (None, self.sha256[name]):
                 raise BadData(f"{source}: changed while it was copied. Run the same command again.")

@@ -20,6 +20,7 @@ from asymlift.maths.patches import Order
 Config = Mapping[str, Any]
 # Whatever `run` is told of each sample: embeddings, masks, pictures to go by (references.py).
 Text = dict[str, Tensor | list[Tensor]]
+TRANSFORMER = "transformer"  # what every pipeline calls the network that draws
 
 KEEP_TOKENS = Renorm(of="tokens")
 
@@ -121,6 +122,9 @@ class Family:
     last_reads: Callable[[Tensor, Text, int], Tensor] = picture_first
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     renorm: Renorm = KEEP_TOKENS  # what a recipe's `sample.renorm` keeps, as the pipeline does
+    # A second network of this class in the pipeline: guidance goes against it, and `run` gives it
+    # no words (see text.without_words). It is lifted with the same basis, and does not train.
+    wordless: str | None = None
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
     library: str | None = None  # one's own package, whose classes a checkpoint may name too
@@ -136,6 +140,11 @@ class Family:
     def first_maps(self) -> tuple[str, ...]:
         """Return the paths of all maps that read tokens."""
         return (self.first, *self.also_first)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Return the components of the pipeline that are lifted; the first is the one to train."""
+        return (TRANSFORMER,) if self.wordless is None else (TRANSFORMER, self.wordless)
 
 
 def trained_in_full(family: Family) -> dict[str, str]:

@@ -152,6 +152,14 @@ def dtype_without_transformer(pipeline: Any) -> Iterator[None]:
         pipeline.transformer = None
 
 
+def without_words(text: Text) -> Text:
+    """Cut collated embeddings (B, L, ...) and masks to none: what a wordless network sees."""
+    return {
+        key: value[:, :0] if isinstance(value, Tensor) else [part[:0] for part in value]
+        for key, value in text.items()
+    }
+
+
 def text_to(text: Text, device: torch.device) -> Text:
     """Move collated embeddings, stacked or ragged."""
     return {

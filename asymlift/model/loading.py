@@ -25,7 +25,7 @@ from asymlift.artifacts.diffusers_folder import (
 )
 from asymlift.artifacts.safetensors_stream import Header
 from asymlift.errors import BadData, Unavailable
-from asymlift.families.base import Family
+from asymlift.families.base import TRANSFORMER, Family
 from asymlift.runtime import third_party
 
 LIBRARIES = ("diffusers", "transformers")  # where the classes of a pipeline may come from
@@ -35,15 +35,19 @@ MOST_PARAMETERS = 1 << 15
 
 
 def load_transformer(
-    folder: Path | str, family: Family, *, dtype: Literal["stored"] | torch.dtype = "stored"
+    folder: Path | str,
+    family: Family,
+    *,
+    dtype: Literal["stored"] | torch.dtype = "stored",
+    component: str = TRANSFORMER,
 ) -> nn.Module:
-    """Return the family's stock class with the weights of FOLDER/transformer, in eval mode.
+    """Return the family's stock class with the weights of FOLDER/COMPONENT, in eval mode.
 
     Each tensor keeps the dtype it is stored in, unless one is asked for: a lifted checkpoint has
     float32 maps around a bf16 trunk. What the class keeps in float32 is that in any case. The
     weights are mapped from the files, not copied.
     """
-    folder = _existing_folder(Path(folder)) / "transformer"
+    folder = _existing_folder(Path(folder)) / component
     config = read_json(_existing_folder(folder) / "config.json")
     expected = family.transformer.rpartition(":")[2]
     if config.get("_class_name") != expected:

@@ -27,7 +27,7 @@ from asymlift.model.sampling import (
     sample_pixels,
 )
 
-# (indices, text, text of the empty prompt, on_step) -> (B, 3, H, W) in [-1, 1]
+# (indices, text, what guidance goes against, on_step) -> (B, 3, H, W) in [-1, 1]
 Painter = Callable[[Sequence[int], Text, Text | None, OnStep | None], Tensor]
 
 
@@ -67,8 +67,10 @@ def going_by(references: Sequence[Tensor], paint: Painter) -> Painter:
     return paint_beside if references else paint
 
 
-def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
-    """Draw with a pixel model, whatever weights it has by now."""
+def pixel_painter(
+    flow: PixelFlow, lifted: Lifted, canvas: Canvas, against: PixelFlow | None = None
+) -> Painter:
+    """Draw with a pixel model, whatever weights it has by now; guide against another, if given."""
     geometry = flow.geometry
     references = [lifted.color.encode(image.to(flow.A)) for image in canvas.references]
 
@@ -85,15 +87,21 @@ def pixel_painter(flow: PixelFlow, lifted: Lifted, canvas: Canvas) -> Painter:
             lifted.color,
             canvas.grid(geometry),
             on_step,
+            against,
         )
 
     return going_by(references, paint)
 
 
 def latent_painter(
-    flow: LatentFlow, vae: Any, lifted: Lifted | None, canvas: Canvas, device: torch.device
+    flow: LatentFlow,
+    vae: Any,
+    lifted: Lifted | None,
+    canvas: Canvas,
+    device: torch.device,
+    against: LatentFlow | None = None,
 ) -> Painter:
-    """Draw with the latent model and decode by its VAE.
+    """Draw with the latent model and decode by its VAE; guide against another model, if given.
 
     With a lifted model beside it, from the noise that this one sees in pixels, and on the same
     steps; alone, from noise of its own, `canvas.sigmas` being its own levels.
@@ -114,7 +122,7 @@ def latent_painter(
         indices: Sequence[int], text: Text, null_text: Text | None, on_step: OnStep | None
     ) -> Tensor:
         z = noise(indices).to(device)
-        z = sample_latents(flow, z, text, null_text, taus, canvas.settings, grid, on_step)
+        z = sample_latents(flow, z, text, null_text, taus, canvas.settings, grid, on_step, against)
         latent = tokens_to_image(z, geometry.patch, grid)
         image: Tensor = flow.family.decode_latents(vae, latent)
         return image

@@ -123,9 +123,15 @@ def sample_pixels(
     color: ColorCode,
     grid: tuple[int, int],
     on_step: OnStep | None = None,
+    against: PixelVelocity | None = None,
 ) -> Tensor:
-    """Pictures in [-1, 1] from noise tokens eps (B, N, D); null_text is for guidance only."""
-    tokens = solve_pixels(flow, eps, text, null_text, sigmas, settings, color, grid, on_step)
+    """Pictures in [-1, 1] from noise tokens eps (B, N, D).
+
+    null_text is for guidance only, and `against` what answers to it, if not `flow` itself.
+    """
+    tokens = solve_pixels(
+        flow, eps, text, null_text, sigmas, settings, color, grid, on_step, against
+    )
     image = tokens_to_image(tokens, flow.geometry.pixel_patch, grid)
     return color.decode(image).clamp(-1, 1)
 
@@ -141,20 +147,23 @@ def solve_pixels(
     color: ColorCode,
     grid: tuple[int, int],
     on_step: OnStep | None = None,
+    against: PixelVelocity | None = None,
 ) -> Tensor:
     """The same, but the tokens as the model leaves them, in its own colour space."""
     patch = flow.geometry.pixel_patch
 
-    def predict(x_t: Tensor, sigma: Tensor, condition: Text) -> Tensor:
+    def predict(net: PixelVelocity, x_t: Tensor, sigma: Tensor, condition: Text) -> Tensor:
         levels = sigma.to(x_t).expand(len(x_t))
         if settings.renorm:
-            return flow.predict(x_t, levels, condition, grid).to(x_t)
-        return flow(x_t, levels, condition, grid, floor=settings.floor).to(x_t)
+            return net.predict(x_t, levels, condition, grid).to(x_t)
+        return net(x_t, levels, condition, grid, floor=settings.floor).to(x_t)
+
+    both = partial(predict, flow), partial(predict, against or flow)
 
     renormalise = _renormalisation(flow, settings, grid, flow.A.to(eps))
 
     def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
-        u = _guided(predict, x_t, sigma, text, null_text, settings, renormalise)
+        u = _guided(both, x_t, sigma, text, null_text, settings, renormalise)
         if settings.renorm:  # what was guided is u_a
             levels = sigma.to(x_t).expand(len(x_t))
             u = flow.recover(u, x_t, levels, floor=settings.floor).to(x_t)
@@ -182,16 +191,19 @@ def sample_latents(
     settings: SampleSettings,
     grid: tuple[int, int],
     on_step: OnStep | None = None,
+    against: LatentVelocity | None = None,
 ) -> Tensor:
     """Clean latent tokens (B, N, d). Latents have no colours, so nothing is clamped."""
 
-    def predict(z_t: Tensor, tau: Tensor, condition: Text) -> Tensor:
-        return flow(z_t, tau.to(z_t).expand(len(z_t)), condition, grid).to(z_t)
+    def predict(net: LatentVelocity, z_t: Tensor, tau: Tensor, condition: Text) -> Tensor:
+        return net(z_t, tau.to(z_t).expand(len(z_t)), condition, grid).to(z_t)
+
+    both = partial(predict, flow), partial(predict, against or flow)
 
     renormalise = _renormalisation(flow, settings, grid)
 
     def velocity(z_t: Tensor, tau: Tensor) -> Tensor:
-        return _guided(predict, z_t, tau, text, null_text, settings, renormalise)
+        return _guided(both, z_t, tau, text, null_text, settings, renormalise)
 
     return SOLVERS[settings.solver](velocity, noise, taus, on_step)
 
@@ -213,8 +225,11 @@ def _renormalisation(
     )
 
 
+Predict = Callable[[Tensor, Tensor, Text], Tensor]
+
+
 def _guided(
-    predict: Callable[[Tensor, Tensor, Text], Tensor],
+    both: tuple[Predict, Predict],  # for the text, and against it
     x_t: Tensor,
     sigma: Tensor,
     text: Text,
@@ -222,10 +237,11 @@ def _guided(
     settings: SampleSettings,
     renormalise: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
+    predict, predict_against = both
     u = predict(x_t, sigma, text)
     if settings.guidance != 1:
         assert null_text is not None, "guidance needs the empty prompt"
-        u_neg = predict(x_t, sigma, null_text)
+        u_neg = predict_against(x_t, sigma, null_text)
         if settings.renorm:
             u = renormalise(u, u_neg)
         else:

@@ -1,13 +1,16 @@
 """Base model and basis -> lifted/: the same pipeline, its transformer reading pixel tokens.
 
-Two maps change; everything else keeps its bytes, and most files are hard links. The new folder is
-built beside its target and renamed when it has been verified.
+Two maps change, and two of the second network that some families guide against; everything else
+keeps its bytes. Weights without a map are hard links; configs, tokenizers and papers are copies, so
+that they can be edited. The new folder is built beside its target and renamed when it has been
+verified.
 """
 
 import dataclasses
 import functools
 import re
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +23,11 @@ from asymlift.artifacts import lifted_folder
 from asymlift.artifacts.basis_file import Basis, load_basis
 from asymlift.artifacts.diffusers_folder import PICKLES, DiffusersFolder, read_json
 from asymlift.artifacts.files import free_bytes, human_bytes, sha256_file
-from asymlift.artifacts.lifted_weights import COMPONENT, LiftedWeights
+from asymlift.artifacts.lifted_weights import LiftedWeights
 from asymlift.artifacts.manifest import check_manifest, digest_json, list_files, read_manifest
-from asymlift.artifacts.staging import StagedFolder, staged_folder
+from asymlift.artifacts.staging import StagedFolder, is_shared, staged_folder
 from asymlift.errors import BadData, CannotWrite
-from asymlift.families.base import Family, Geometry
+from asymlift.families.base import TRANSFORMER, Family, Geometry
 from asymlift.maths.color import ColorCode
 from asymlift.runtime.log import progress
 from asymlift.stages.locate import geometry_of
@@ -84,21 +87,30 @@ class Source:
     basis: Basis
     geometry: Geometry
     color: ColorCode
-    weights: LiftedWeights
-    carried: dict[str, Path]  # every file outside the transformer, by its relative path
+    networks: tuple[LiftedWeights, ...]
+    carried: dict[str, Path]  # every file of the other parts, by its relative path
     basis_sha256: str
     notes: list[str]
 
     @property
+    def components(self) -> list[str]:
+        """The networks by their names in the pipeline."""
+        return [network.component for network in self.networks]
+
+    @property
     def files(self) -> list[Path]:
         """All files of the base that matter."""
-        return [*self.weights.headers, *self.carried.values()]
+        weights = [path for network in self.networks for path in network.headers]
+        return [*weights, *self.carried.values()]
 
     def fingerprints(self) -> dict[str, str]:
         """What the result is made from. Waits until every file has been hashed."""
         base = self.base
         return {
-            "base_transformer": base.fingerprint(COMPONENT),
+            **{
+                f"{lifted_folder.OF_BASE}{network.component}": base.fingerprint(network.component)
+                for network in self.networks
+            },
             "vae": base.fingerprint("vae"),
             "basis": f"sha256:{self.basis_sha256}",
             "base": digest_json({name: base.sha256(path) for name, path in self.carried.items()}),
@@ -138,13 +150,9 @@ def read_source(plan: ConvertPlan) -> Source:
     notes: list[str] = []
     if (base.path / lifted_folder.FACTS).exists():
         raise BadData(f"{plan.base}: is lifted already; give the latent model it was made from.")
-    config = base.config(COMPONENT)
-    if config.get("_class_name") != family.transformer.rpartition(":")[2]:
-        raise BadData(
-            f"{plan.base}: its transformer is a {config.get('_class_name')}, but family "
-            f"{family.name} is for {family.transformer}. Choose another family, or `auto`."
-        )
+    _check_class(base, family, TRANSFORMER)
     geometry = geometry_of(base, family)
+    components = _networks(base, family, notes)
     basis = load_basis(plan.basis, geometry.pixel_patch)
     if basis.unknown:
         notes.append(f"{plan.basis}: does not say {', '.join(basis.unknown)}; not checked")
@@ -153,11 +161,43 @@ def read_source(plan: ConvertPlan) -> Source:
         basis=basis,
         geometry=geometry,
         color=_check_basis(plan, basis, geometry, base),
-        weights=LiftedWeights.of(base, family, geometry, basis.A),
-        carried=_carried_files(base, notes),
+        networks=tuple(
+            LiftedWeights.of(base, family, geometry, basis.A, component) for component in components
+        ),
+        carried=_carried_files(base, family, components, notes),
         basis_sha256=sha256_file(plan.basis),
         notes=notes,
     )
+
+
+def _check_class(base: DiffusersFolder, family: Family, component: str) -> None:
+    found = base.config(component).get("_class_name")
+    if found != family.transformer.rpartition(":")[2]:
+        raise BadData(
+            f"{base.path}: its {component} is a {found}, but family {family.name} is for "
+            f"{family.transformer}. Choose another family, or `auto`."
+        )
+
+
+def _networks(base: DiffusersFolder, family: Family, notes: list[str]) -> list[str]:
+    """The components to lift. Without the wordless network a base can be ported all the same."""
+    second = family.wordless
+    if second is None:
+        return [TRANSFORMER]
+    if not base.has(second):
+        notes.append(
+            f"{base.path}: there is no {second}/, so guidance will go against the empty prompt, "
+            "and the pipeline of diffusers will not run the lifted model"
+        )
+        return [TRANSFORMER]
+    _check_class(base, family, second)
+    first, other = (base.config(component) for component in (TRANSFORMER, second))
+    if any(first.get(key) != other.get(key) for key in family.channels(1)):
+        raise BadData(
+            f"{base.path}: {TRANSFORMER} and {second} do not read the same latents. Take both from "
+            "one model."
+        )
+    return [TRANSFORMER, second]
 
 
 def _check_basis(
@@ -192,14 +232,16 @@ def _check_basis(
     return color
 
 
-def _carried_files(base: DiffusersFolder, notes: list[str]) -> dict[str, Path]:
+def _carried_files(
+    base: DiffusersFolder, family: Family, networks: Sequence[str], notes: list[str]
+) -> dict[str, Path]:
     """Every file that is taken over as it is; what is left behind is noted."""
     carried = {
         path.name: path
         for path in sorted(base.path.iterdir())
         if path.is_file() and (path.name == "model_index.json" or PAPERS.match(path.name))
     }
-    for component in sorted(set(base.components) - {COMPONENT}):
+    for component in sorted(set(base.components) - set(family.networks)):
         folder = base.path / component
         if not folder.is_dir():
             notes.append(f"{folder}: named in model_index.json, but not there")
@@ -211,11 +253,12 @@ def _carried_files(base: DiffusersFolder, notes: list[str]) -> dict[str, Path]:
         if pickles:
             notes.append(f"{folder}: pickles are left out ({', '.join(pickles)})")
         carried |= {f"{component}/{n}": folder / n for n in names if n not in pickles}
-    index = base.index_path(COMPONENT)
-    known = {path.name for path in [*base.weight_files(COMPONENT), *([index] if index else [])]}
-    others = set(list_files(base.folder(COMPONENT))) - known - {"config.json"}
-    if others:
-        notes.append(f"{base.folder(COMPONENT)}: left out ({', '.join(sorted(others))})")
+    for network in networks:
+        index = base.index_path(network)
+        known = {path.name for path in [*base.weight_files(network), *([index] if index else [])]}
+        others = set(list_files(base.folder(network))) - known - {"config.json"}
+        if others:
+            notes.append(f"{base.folder(network)}: left out ({', '.join(sorted(others))})")
     return carried
 
 
@@ -300,26 +343,27 @@ def _build(
     plan: ConvertPlan, source: Source, staged: StagedFolder, report: ConvertReport
 ) -> ConvertReport:
     """Fill the staged folder and verify it."""
-    weights, linked, written, resumed = source.weights, 0, 0, 0
+    linked = written = resumed = 0
     _check_space(plan, source, staged)
     carried = dict(source.carried)
     with progress("convert: files", len(source.files)) as ticker:
-        for path in weights.headers:
-            name = f"{COMPONENT}/{path.name}"
-            if weights.is_changed(path):
+        for network, path in _weight_files(source):
+            name = f"{network.component}/{path.name}"
+            if network.is_changed(path):
                 origin = functools.partial(source.base.sha256, path)
                 written += 1
-                resumed += not staged.make(name, weights.writer_of(path), origin)
+                resumed += not staged.make(name, network.writer_of(path), origin)
                 ticker.tick(note=name)
             else:
                 carried[name] = path
         for name, path in carried.items():
-            linked += staged.link(name, path, functools.partial(source.base.sha256, path))
+            linked += staged.take(name, path, functools.partial(source.base.sha256, path))
             ticker.tick(note=name)
-    staged.write(f"{COMPONENT}/config.json", weights.config())
-    if index := weights.index():
-        staged.write(f"{COMPONENT}/{index[0]}", index[1])
-    weights.check(staged.new)
+    for network in source.networks:
+        staged.write(f"{network.component}/config.json", network.config())
+        if index := network.index():
+            staged.write(f"{network.component}/{index[0]}", index[1])
+        network.check(staged.new)
     try:
         maps, coupling = _verify(plan, source, staged.new)
     except BadData:
@@ -342,18 +386,26 @@ def _build(
     )
 
 
+def _weight_files(source: Source) -> Iterator[tuple[LiftedWeights, Path]]:
+    for network in source.networks:
+        for path in network.headers:
+            yield network, path
+
+
 def _check_space(plan: ConvertPlan, source: Source, staged: StagedFolder) -> None:
     """Refuse before the first byte, not in the middle."""
-    weights, needed = source.weights, SLACK
-    files = source.carried | {f"{COMPONENT}/{path.name}": path for path in weights.headers}
     can_link = staged.can_link(source.base.path / "model_index.json")
-    for name, path in files.items():
-        if (staged.new / name).exists():
-            continue  # from an earlier run; if it is to be made again, its space is free first
-        if path in weights.headers and weights.is_changed(path):
-            needed += weights.num_bytes(path)
-        elif not can_link:
-            needed += path.stat().st_size
+
+    def taken_over(path: Path) -> int:
+        return 0 if can_link and is_shared(path) else path.stat().st_size
+
+    sizes = {name: taken_over(path) for name, path in source.carried.items()}
+    for network, path in _weight_files(source):
+        changed = network.is_changed(path)
+        size = network.num_bytes(path) if changed else taken_over(path)
+        sizes[f"{network.component}/{path.name}"] = size
+    # What is there is from an earlier run; if it is to be made again, its space is free first.
+    needed = SLACK + sum(size for name, size in sizes.items() if not (staged.new / name).exists())
     free = free_bytes(staged.work)
     if free < needed:
         raise CannotWrite(
@@ -365,11 +417,16 @@ def _check_space(plan: ConvertPlan, source: Source, staged: StagedFolder) -> Non
 def _verify(plan: ConvertPlan, source: Source, folder: Path) -> tuple[Maps, Coupling | None]:
     """Always the maps; the whole model where that is asked for, or possible."""
     maps = check_maps(
-        source.base, DiffusersFolder(folder), plan.family, source.geometry, source.basis.A
+        source.base,
+        DiffusersFolder(folder),
+        plan.family,
+        source.geometry,
+        source.basis.A,
+        source.components,
     )
     if plan.verify == "maps":
         return maps, None
-    reason = why_not_coupled(source.base, plan.family, plan.conditioning)
+    reason = why_not_coupled(source.base, plan.family, plan.conditioning, source.components)
     if plan.verify == "auto" and reason:
         source.notes.append(f"verified only the two maps: {reason}")
         return maps, None
@@ -384,6 +441,7 @@ def _coupling(plan: ConvertPlan, source: Source, folder: Path) -> Coupling:
         source.geometry,
         source.basis.A,
         source.basis.s,
+        components=source.components,
         conditioning=plan.conditioning,
         text_length=plan.text_length,
     )

@@ -6,6 +6,12 @@
 
 Noise depends on the seed, the prompt and the picture's number within its prompt: neither the batch
 nor other prompts change a picture. Latents start from A^T of the same noise.
+
+Guidance goes against the empty prompt, unless another is given. Where the base's own pipeline has a
+second network for that (`Family.wordless`), base and lifted go against it; trained weights do not,
+but against their own empty prompt, which `data.caption_dropout` trains: the second network knows
+nothing of the detail outside the subspace, so guidance would take all of it for the prompt's doing,
+and exaggerate it.
 """
 
 import gc
@@ -18,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asymlift.artifacts.checkpoint import (
     EMA,
@@ -30,7 +36,7 @@ from asymlift.artifacts.checkpoint import (
 )
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import sha256_file, write_bytes_atomically
-from asymlift.artifacts.lifted_folder import Lifted, read_lifted
+from asymlift.artifacts.lifted_folder import OF_BASE, Lifted, read_lifted
 from asymlift.artifacts.manifest import NAME as MANIFEST
 from asymlift.artifacts.manifest import canonical_json, digest_json, read_manifest
 from asymlift.artifacts.safetensors_stream import load_tensors
@@ -39,8 +45,9 @@ from asymlift.data.pictures import encode_png, float_to_image, image_to_float
 from asymlift.data.reference_picture import Reference, read_reference
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import family_of_lifted
-from asymlift.families.base import Family, Geometry, Text
+from asymlift.families.base import TRANSFORMER, Family, Geometry, Text
 from asymlift.families.references import reference_rule
+from asymlift.families.text import without_words
 from asymlift.model.loading import (
     embed_prompts,
     load_pipeline,
@@ -78,7 +85,7 @@ class SamplePlan:
     family: str = "auto"
     seed: int = 0
     num_per_prompt: int = 1
-    negative_prompt: str = ""  # what guidance pushes away from
+    negative_prompt: str | None = None  # what guidance goes against, whatever the weights
     references: tuple[Path, ...] = ()  # pictures to go by, in this order, for every prompt
     text_length: int | None = None
     batch: int = 4
@@ -218,6 +225,21 @@ class Sources:
         assert self.base is not None
         return self.base
 
+    def second(self, weights: Weights) -> str | None:
+        """The component that guidance goes against, in place of a prompt."""
+        name, plan = self.family.wordless, self.plan
+        if name is None or plan.settings.guidance == 1 or plan.negative_prompt is not None:
+            return None
+        has_it = {
+            "base": self.base is not None and self.base.has(name),
+            "lifted": self.lifted is not None and name in self.lifted.networks,
+        }
+        return name if has_it.get(weights) else None
+
+    def against(self, weights: Weights) -> str | None:
+        """The prompt that guidance goes against; None where it is a network."""
+        return None if self.second(weights) else self.plan.negative_prompt or ""
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of everything whose weights are used."""
@@ -225,6 +247,8 @@ class Sources:
         if self.base and "base" in self.plan.weights:
             found["base"] = self.base.fingerprint("transformer")
             found["base VAE"] = self.base.fingerprint("vae")
+            if second := self.second("base"):
+                found[f"base {second}"] = self.base.fingerprint(second)
         if self.lifted:
             found["lifted model"] = digest_json(self.lifted.facts)
         if self.checkpoint:
@@ -245,6 +269,9 @@ class Sources:
             made = f"{self.plan.lifted}: lifted from"
             origin = self.lifted.fingerprints
             same(made, origin.get("base_transformer"), "base", self.fingerprints)
+            if second := self.family.wordless:
+                recorded = origin.get(f"{OF_BASE}{second}")
+                same(made, recorded, f"base {second}", self.fingerprints)
             same(made, origin.get("vae"), "base VAE", self.fingerprints)
         if self.checkpoint:
             of_run = self.checkpoint.state.get("fingerprints", {}).get("lifted")
@@ -310,7 +337,7 @@ def describe(plan: SamplePlan, sources: Sources) -> dict[str, Any]:
     references = [reference.sha256 for reference in sources.references]
     return {
         "prompts": plan.prompts,
-        "negative_prompt": plan.negative_prompt,
+        "guidance_against": {weights: sources.against(weights) for weights in plan.weights},
         "text_length": plan.text_length,
         "seed": plan.seed,
         "num_per_prompt": plan.num_per_prompt,
@@ -334,11 +361,17 @@ def draw(
     pictures: Sequence[Picture],
     device: torch.device,
 ) -> None:
-    """Draw and write this rank's pictures, one set of weights in memory at a time."""
+    """Draw and write this rank's pictures, one set of weights in memory at a time.
+
+    That is two networks where guidance goes against one of its own.
+    """
     if not pictures:
         return
     guided = plan.settings.guidance != 1
-    prompts = {p.prompt for p in pictures} | ({plan.negative_prompt} if guided else set())
+    prompts = {p.prompt for p in pictures}
+    if guided:
+        negatives = (sources.against(picture.weights) for picture in pictures)
+        prompts |= {prompt for prompt in negatives if prompt is not None}
     embeddings = encode_prompts(plan, sources, sorted(prompts), device)
     kinds = [weights for weights in plan.weights if any(p.weights == weights for p in pictures)]
     batches = {
@@ -352,12 +385,14 @@ def draw(
     with log.progress("sampling", total) as ticker:
         for weights in kinds:
             painter = load_painter(plan, sources, weights, canvas, device)
+            negative = sources.against(weights)
             for batch in batches[weights]:
                 text = collate(sources.family, [embeddings[p.prompt] for p in batch], device)
                 null = None
-                if guided:
-                    empty = [embeddings[plan.negative_prompt]] * len(batch)
-                    null = collate(sources.family, empty, device)
+                if guided and negative is not None:
+                    null = collate(sources.family, [embeddings[negative]] * len(batch), device)
+                elif guided:
+                    null = without_words(text)
                 noises = [derive(p.prompt, p.number) for p in batch]
                 images = painter(noises, text, null, lambda step, x: ticker.tick())
                 for picture, image in zip(batch, images, strict=True):
@@ -374,22 +409,40 @@ def load_painter(
     half = torch.bfloat16 if plan.precision == "bfloat16" else None
     # Without autocast the whole network has to be of one type.
     stored: Any = "stored" if half else torch.float32
+    second = sources.second(weights)
+
+    def load(folder: Path, component: str) -> nn.Module:
+        return load_transformer(folder, family, dtype=stored, component=component)
+
+    def latent(component: str) -> LatentFlow:
+        assert plan.base is not None
+        return LatentFlow(load(plan.base, component), family, geometry, half).to(device)
+
+    def pixel(net: nn.Module) -> PixelFlow:
+        assert lifted is not None
+        return PixelFlow(net, family, geometry, lifted.A, lifted.s, half).to(device)
+
     if weights == "base":
         assert plan.base is not None
-        net = load_transformer(plan.base, family, dtype=stored)
-        latent = LatentFlow(net, family, geometry, half).to(device)
         vae = load_pipeline_parts(plan.base, ["vae"], library=family.library, dtype=torch.float32)[
             "vae"
         ]
-        return latent_painter(latent, vae.to(device), lifted, canvas, device)
+        return latent_painter(
+            latent(TRANSFORMER),
+            vae.to(device),
+            lifted,
+            canvas,
+            device,
+            against=latent(second) if second else None,
+        )
     assert lifted is not None
-    net = load_transformer(lifted.folder, family, dtype=stored)
+    net = load(lifted.folder, TRANSFORMER)
     if weights != "lifted":
         assert sources.checkpoint is not None
         trained = sources.checkpoint.folder / TRAINED[weights]
         apply_trained(net, load_tensors(trained), sources.checkpoint.state.get("lora"))
-    flow = PixelFlow(net, family, geometry, lifted.A, lifted.s, half).to(device)
-    return pixel_painter(flow, lifted, canvas)
+    against = pixel(load(lifted.folder, second)) if second else None
+    return pixel_painter(pixel(net), lifted, canvas, against)
 
 
 def encode_prompts(

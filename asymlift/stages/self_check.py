@@ -5,20 +5,20 @@ B images, N = h w tokens, d latent and D pixel token width.
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.files import human_bytes
 from asymlift.artifacts.safetensors_stream import read_tensor
 from asymlift.errors import BadData, Unavailable
-from asymlift.families.base import Family, Geometry, Text
-from asymlift.families.text import text_to
+from asymlift.families.base import TRANSFORMER, Family, Geometry, Text
+from asymlift.families.text import text_to, without_words
 from asymlift.maths.lift import lift_last, unlift_first, unlift_last
 from asymlift.maths.schedule import sigma_from_tau, sigma_grid, tau_from_sigma
 from asymlift.maths.solver import euler
@@ -37,7 +37,7 @@ FLOOR = 1e-6  # below every sigma of the grid, so that it changes nothing
 
 @dataclass(frozen=True)
 class Maps:
-    """Relative errors of the two maps, as they stand in the written files."""
+    """Relative errors of the two maps, as they stand in the written files: the worst network's."""
 
     first: float  # W_in' A against W_in
     last: float  # A^T W_out' against W_out, bias included
@@ -54,13 +54,39 @@ class Coupling:
 
 
 def check_maps(
-    base: DiffusersFolder, lifted: DiffusersFolder, family: Family, geometry: Geometry, A: Tensor
+    base: DiffusersFolder,
+    lifted: DiffusersFolder,
+    family: Family,
+    geometry: Geometry,
+    A: Tensor,
+    components: Sequence[str] = (TRANSFORMER,),
 ) -> Maps:
-    """Read both maps back from both folders and compare them in the latent basis, in float64."""
-    A, q = A.double(), geometry.patch
+    """Read both maps of each network back from both folders; refuse what differs."""
+    errors = [_map_errors(base, lifted, family, geometry, A.double(), name) for name in components]
+    maps = Maps(*(_rounded(_worst(of_all)) for of_all in zip(*errors, strict=True)))
+    worst = _worst([maps.first, maps.last, maps.outside])
+    if not worst <= MAPS_TOLERANCE:
+        raise BadData(
+            f"{lifted.path}: the maps that were written are not those of the base: relative "
+            f"error {worst:.1e}, allowed is {MAPS_TOLERANCE:.0e}. Nothing was kept; is the disk "
+            "or the memory faulty?"
+        )
+    return maps
+
+
+def _map_errors(
+    base: DiffusersFolder,
+    lifted: DiffusersFolder,
+    family: Family,
+    geometry: Geometry,
+    A: Tensor,
+    component: str,
+) -> tuple[float, float, float]:
+    """Compare the maps of one network in the latent basis, in float64."""
+    q = geometry.patch
     identity = torch.eye(geometry.d, dtype=torch.float64)  # only drops what a lift drops
 
-    places = [_places(folder) for folder in (base, lifted)]
+    places = [_places(folder, component) for folder in (base, lifted)]
 
     def both(name: str) -> tuple[Tensor, Tensor] | None:
         if name not in places[0]:
@@ -82,19 +108,14 @@ def check_maps(
             last.append(_relative(back, kept))
             again = lift_last(back, A, patch=q, order=family.order_out)
             outside.append(_relative(again, pair[1]))
-    maps = Maps(*(_rounded(max(errors)) for errors in (first, last, outside)))
-    worst = max(maps.first, maps.last, maps.outside)
-    if not worst <= MAPS_TOLERANCE:
-        raise BadData(
-            f"{lifted.path}: the maps that were written are not those of the base: relative "
-            f"error {worst:.1e}, allowed is {MAPS_TOLERANCE:.0e}. Nothing was kept; is the disk "
-            "or the memory faulty?"
-        )
-    return maps
+    return _worst(first), _worst(last), _worst(outside)
 
 
 def why_not_coupled(
-    base: DiffusersFolder, family: Family, conditioning: Conditioning | None
+    base: DiffusersFolder,
+    family: Family,
+    conditioning: Conditioning | None,
+    components: Sequence[str] = (TRANSFORMER,),
 ) -> str | None:
     """The reason why the full check cannot run here, or None."""
     encoders = [name for name in base.components if name.startswith("text_encoder")]
@@ -105,7 +126,7 @@ def why_not_coupled(
         if missing:
             return f"{missing[0]}/ is not in the base folder"
     encoder_bytes = 0 if conditioning else _weight_bytes(base, encoders)
-    needed = int(1.2 * max(_float32_bytes(base), encoder_bytes)) + (1 << 30)
+    needed = int(1.2 * max(_float32_bytes(base, components), encoder_bytes)) + (1 << 30)
     available = available_memory()
     if needed > available:
         return (
@@ -124,20 +145,22 @@ def check_coupling(
     A: Tensor,
     s: float,
     *,
+    components: Sequence[str] = (TRANSFORMER,),
     conditioning: Conditioning | None = None,
     text_length: int | None = None,
 ) -> Coupling:
     """Sample from the base in latents and from the lifted model in pixels, from matched noise.
 
-    The results must be one image: x = s A z (method, section 4). One model is loaded at a time.
+    The results must be one image: x = s A z (method, section 4), of a wordless network too. One
+    model is loaded at a time.
     """
     from asymlift.model.loading import load_transformer  # diffusers loads only here
     from asymlift.model.pixel_flow import LatentFlow, PixelFlow
 
-    reason = why_not_coupled(base, family, conditioning)
+    reason = why_not_coupled(base, family, conditioning, components)
     if reason:
         raise Unavailable(f"{base.path}: cannot be verified in full: {reason}. Use --verify maps.")
-    device = _device(_float32_bytes(base))
+    device = _device(_float32_bytes(base, components))
     say(
         f"verifying the whole model: {STEPS} Euler steps in latents and in pixels, on {device.type}"
     )
@@ -149,29 +172,38 @@ def check_coupling(
     sigma = sigma_from_tau(sigma_grid(STEPS, 1.0, device=device), s).float()
     tau = tau_from_sigma(sigma, s)
 
-    def latent_run() -> Tensor:
-        net = load_transformer(base.path, family, dtype=torch.float32).to(device)
-        flow = LatentFlow(net, family, geometry)
+    def network(folder: Path, name: str) -> nn.Module:
+        loaded = load_transformer(folder, family, dtype=torch.float32, component=name)
+        return loaded.to(device)
+
+    def latent_run(name: str, text: Text) -> Tensor:
+        flow = LatentFlow(network(base.path, name), family, geometry)
         return euler(lambda z, t: flow(z, t.expand(BATCH), text, grid), noise @ A, tau)
 
-    def pixel_run() -> Tensor:
-        net = load_transformer(lifted, family, dtype=torch.float32).to(device)
-        flow = PixelFlow(net, family, geometry, A, s)
+    def pixel_run(name: str, text: Text) -> Tensor:
+        flow = PixelFlow(network(lifted, name), family, geometry, A, s)
         return euler(lambda x, t: flow(x, t.expand(BATCH), text, grid, floor=FLOOR), noise, sigma)
 
+    errors, psnrs = [], []
     with _full_float32():
-        expected = s * latent_run() @ A.T
-        gc.collect()
-        image = pixel_run()
-    error, rms = _relative(image, expected), (image - expected).square().mean().sqrt()
-    psnr = 20 * math.log10(float(expected.abs().max() / rms.clamp(min=1e-30)))
-    if not error <= COUPLING_TOLERANCE:
-        raise BadData(
-            f"{base.path}: sampling in pixels does not follow sampling in latents: relative error "
-            f"{error:.1e} ({psnr:.0f} dB), allowed is {COUPLING_TOLERANCE:.0e}. Nothing was kept; "
-            f"does family {family.name} describe this checkpoint?"
-        )
-    return Coupling(_rounded(error), round(psnr, 1), STEPS)
+        for name in components:
+            seen = without_words(text) if name == family.wordless else text
+            expected = s * latent_run(name, seen) @ A.T
+            gc.collect()
+            image = pixel_run(name, seen)
+            gc.collect()
+            error, rms = _relative(image, expected), (image - expected).square().mean().sqrt()
+            psnr = 20 * math.log10(float(expected.abs().max() / rms.clamp(min=1e-30)))
+            if not error <= COUPLING_TOLERANCE:
+                raise BadData(
+                    f"{base.folder(name)}: sampling in pixels does not follow sampling in latents: "
+                    f"relative error {error:.1e} ({psnr:.0f} dB), allowed is "
+                    f"{COUPLING_TOLERANCE:.0e}. Nothing was kept; does family {family.name} "
+                    "describe this checkpoint?"
+                )
+            errors.append(error)
+            psnrs.append(psnr)
+    return Coupling(_rounded(max(errors)), round(min(psnrs), 1), STEPS)
 
 
 def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> Text:
@@ -184,8 +216,8 @@ def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> T
     return text
 
 
-def _places(folder: DiffusersFolder) -> dict[str, Path]:
-    headers = folder.headers("transformer")
+def _places(folder: DiffusersFolder, component: str) -> dict[str, Path]:
+    headers = folder.headers(component)
     return {name: path for path, header in headers.items() for name in header.tensors}
 
 
@@ -194,13 +226,23 @@ def _relative(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
+def _worst(errors: Sequence[float]) -> float:
+    """The largest, or NaN if any is: `max` may pass over that."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
+
+
 def _rounded(error: float) -> float:
     return float(f"{error:.2g}")
 
 
-def _float32_bytes(base: DiffusersFolder) -> int:
-    headers = base.headers("transformer").values()
-    return 4 * sum(math.prod(info.shape) for h in headers for info in h.tensors.values())
+def _float32_bytes(base: DiffusersFolder, components: Sequence[str]) -> int:
+    """Of the largest network."""
+
+    def size(component: str) -> int:
+        headers = base.headers(component).values()
+        return 4 * sum(math.prod(info.shape) for h in headers for info in h.tensors.values())
+
+    return max(map(size, components))
 
 
 def _weight_bytes(base: DiffusersFolder, components: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from asymlift.data.reader import Reader
 from asymlift.data.records import BadSample, Record
 from asymlift.data.table import index_path, index_shard, load_table
 from asymlift.errors import BadData
+from asymlift.families.base import TRANSFORMER
 from asymlift.runtime.log import progress
 
 SHARDS = "shards"  # the kind of a manifest in a folder of them
+WEIGHTS = "*.safetensors"
 WORKERS = 4
 RUN_PARTS = ("basis.safetensors", "lifted", "checkpoints/step-*")
 NO_CHECKSUM = "it carries no checksum: changed numbers cannot be told from right ones"
@@ -134,13 +137,18 @@ def _verify_folder(folder: Path) -> Verdict:
     size = human_bytes(sum(size for size, _ in described.files.values()))
     facts = [f"{len(described.files)} files, {size}"]
     if described.kind == lifted_folder.KIND:
-        problems += _trouble(lambda: lifted_folder.read_lifted(folder))
-        problems += _trouble(lambda: DiffusersFolder(folder).headers("transformer"))
-        weights = sorted((folder / "transformer").glob("*.safetensors"))
+        networks: tuple[str, ...] = (TRANSFORMER,)
+        try:
+            networks = lifted_folder.read_lifted(folder).networks
+        except BadData as error:
+            problems.append(str(error))
+        for name in networks:
+            problems += _trouble(partial(DiffusersFolder(folder).headers, name))
+        weights = sorted(path for name in networks for path in (folder / name).glob(WEIGHTS))
     elif described.kind == SHARDS:
         weights = []  # indexes, which hold no weights
     else:
-        weights = sorted(folder.rglob("*.safetensors"))
+        weights = sorted(folder.rglob(WEIGHTS))
     for path in weights:
         problems += _not_finite(path, path.relative_to(folder).as_posix())
     return Verdict(folder, described.kind, facts, list(dict.fromkeys(problems)))

@@ -66,7 +66,7 @@ def main() -> None:
                 ["everywhere"],
                 ["naive"],
                 ["twice", str(options.pairs)],
-                ["fill", *(str(n) for n in range(1, 22))],
+                ["fill", *(str(n) for n in range(1, 42))],
             ):
                 found = json.loads(run_under(library, DRIVER, scenario, target, *rest))
                 found = _summary(found) if scenario == "fill" else found

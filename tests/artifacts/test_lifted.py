@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.lifted_folder import FACTS, TENSORS, read_lifted
 from asymlift.artifacts.lifted_weights import LiftedWeights
+from asymlift.artifacts.manifest import write_manifest
 from asymlift.artifacts.safetensors_stream import TensorInfo, load_tensors, save_tensors
 from asymlift.errors import BadData
 from asymlift.families import FAMILIES
@@ -16,7 +17,7 @@ from asymlift.families.base import Geometry
 from asymlift.maths.basis import random_basis
 from asymlift.maths.color import ColorCode
 from asymlift.stages.convert import convert
-from tests.reliability.fake_pipeline import fake_plan, write_base
+from tests.reliability.fake_pipeline import SECOND, fake_plan, write_base
 
 GEOMETRY = Geometry(2, 2, 2)  # p = 4, d = 8, D = 48, C' = 12
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -137,6 +138,25 @@ def test_a_lifted_folder_says_what_it_is(plan):
     assert lifted.color == ColorCode("oklab", (0.56, 0.0, 0.01), 0.16)
     assert lifted.fingerprints["vae"] == DiffusersFolder(plan.base).fingerprint("vae")
     assert lifted.fingerprints["vae"] == DiffusersFolder(plan.output).fingerprint("vae")
+
+
+def test_a_second_network_belongs_to_a_lifted_folder(tmp_path):
+    plan = fake_plan(tmp_path, second=True)
+    convert(plan)
+    assert read_lifted(plan.output).networks == ("transformer", SECOND)
+    (plan.output / SECOND / "config.json").write_text("{}")
+    with pytest.raises(BadData, match=rf"{SECOND}/config\.json: its bytes have changed"):
+        read_lifted(plan.output)
+
+
+def test_a_network_that_leads_out_of_the_folder_is_refused(plan):
+    facts = json.loads((plan.output / FACTS).read_bytes())
+    facts["fingerprints"]["base_../../other"] = "sha256:0"
+    (plan.output / FACTS).write_text(json.dumps(facts))
+    (plan.output / "manifest.json").unlink()
+    write_manifest(plan.output, kind="lifted", facts={})
+    with pytest.raises(BadData, match=r"'\.\./\.\./other' is no plain folder name"):
+        read_lifted(plan.output)
 
 
 def test_a_damaged_lifted_folder_does_not_load(plan):

@@ -32,13 +32,13 @@ def leave_unfinished(target, identity="one"):
 
 def test_a_folder_appears_whole_and_nothing_is_left_beside_it(tmp_path):
     target = tmp_path / "runs" / "folder"
-    (tmp_path / "carried").write_bytes(b"123")
+    (tmp_path / "a.safetensors").write_bytes(b"123")
     with staged_folder(target, "x") as staged:
         assert staged.begin("one")
         assert staged.make("sub/big", writer(b"123", []), origin)
         staged.write("small", b"s")
-        assert staged.link(
-            "carried", tmp_path / "carried", lambda: sha256_file(staged.new / "sub/big")
+        assert staged.take(
+            "carried", tmp_path / "a.safetensors", lambda: sha256_file(staged.new / "sub/big")
         )
         assert not target.exists()
         staged.commit(kind="test", facts={})
@@ -72,9 +72,42 @@ def test_or_the_file_it_was_made_from_has_changed(tmp_path):
         assert staged.make("big", writer(b"123", []), lambda: "4567")
 
 
-@pytest.fixture
-def no_links(monkeypatch):
-    """As on another file system. Collects what is copied."""
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("model_index.json", False),
+        ("vocab.txt", False),
+        ("model.onnx", True),
+        ("a.safetensors", True),
+    ],
+)
+def test_what_people_edit_is_copied_and_the_rest_costs_no_space(
+    name, shared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(staging, "LARGE", 100)
+    source = tmp_path / name
+    source.write_bytes(b"1" * (100 if name == "model.onnx" else 99))
+    with staged_folder(tmp_path / "folder", "x") as staged:
+        staged.begin("one")
+        assert staged.take(name, source, lambda: sha256_file(source)) == shared
+        assert (staged.new / name).samefile(source) == shared
+        assert (staged.new / name).read_bytes() == source.read_bytes()
+
+
+def test_a_link_that_was_left_where_a_copy_belongs_is_replaced(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"1")
+    with staged_folder(tmp_path / "folder", "x") as staged:
+        staged.begin("one")
+        (staged.new / "a.json").hardlink_to(tmp_path / "a.json")
+        assert not staged.take(
+            "a.json", tmp_path / "a.json", lambda: sha256_file(tmp_path / "a.json")
+        )
+        assert not (staged.new / "a.json").samefile(tmp_path / "a.json")
+
+
+@pytest.fixture(params=["a.json", "a.safetensors"])
+def carried(request, tmp_path, monkeypatch):
+    """A file that is taken over, as on another file system. Collects what is copied."""
 
     def copy(source, target):
         copied.append(target.name)
@@ -83,38 +116,40 @@ def no_links(monkeypatch):
 
     copied = []
     monkeypatch.setattr(staging, "link_or_copy", copy)
-    return copied
+    monkeypatch.setattr(staging, "copy_file", copy)
+    (tmp_path / request.param).write_bytes(b"1")
+    return tmp_path / request.param, copied
 
 
-def copy_carried(folder):
-    with staged_folder(folder / "folder", "x") as staged:
+def copy_carried(source):
+    with staged_folder(source.parent / "folder", "x") as staged:
         staged.begin("one")
-        assert not staged.link("copy", folder / "carried", lambda: sha256_file(folder / "carried"))
-        assert staged.sha256["copy"] == sha256_file(folder / "carried")
+        assert not staged.take("copy", source, lambda: sha256_file(source))
+        assert staged.sha256["copy"] == sha256_file(source)
 
 
-def test_what_a_killed_run_copied_is_not_copied_again(tmp_path, no_links):
+def test_what_a_killed_run_copied_is_not_copied_again(carried):
+    source, copied = carried
+    copy_carried(source)
+    copy_carried(source)
+    assert copied == ["copy"]
+
+
+@pytest.mark.parametrize("place", ["source", "copy"])
+def test_unless_the_copy_or_its_source_has_changed(place, carried, tmp_path):
+    source, copied = carried
+    copy_carried(source)
+    changed = {"source": source, "copy": tmp_path / ".folder.work/new/copy"}[place]
+    changed.write_bytes(b"2")
+    copy_carried(source)
+    assert copied == ["copy", "copy"]
+
+
+def test_a_file_that_changes_while_it_is_copied_is_bad_data(tmp_path):
     (tmp_path / "carried").write_bytes(b"1")
-    copy_carried(tmp_path)
-    copy_carried(tmp_path)
-    assert no_links == ["copy"]
-
-
-@pytest.mark.parametrize("changed", ["carried", ".folder.work/new/copy"])
-def test_unless_the_copy_or_its_source_has_changed(changed, tmp_path, no_links):
-    (tmp_path / "carried").write_bytes(b"1")
-    copy_carried(tmp_path)
-    (tmp_path / changed).write_bytes(b"2")
-    copy_carried(tmp_path)
-    assert no_links == ["copy", "copy"]
-
-
-def test_a_file_that_changes_while_it_is_copied_is_bad_data(tmp_path, monkeypatch):
-    (tmp_path / "carried").write_bytes(b"1")
-    monkeypatch.setattr(staging, "link_or_copy", lambda source, target: "its sha256 now")
     changed = pytest.raises(BadData, match="carried: changed while it was copied")
     with staged_folder(tmp_path / "folder", "x") as staged, changed:
-        staged.link("carried", tmp_path / "carried", lambda: "its sha256 before")
+        staged.take("carried", tmp_path / "carried", lambda: "its sha256 before")
 
 
 def test_a_torn_line_in_the_log_is_a_file_that_is_not_finished(tmp_path):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from asymlift.families import FAMILIES
 from asymlift.families.base import Family
+from asymlift.families.text import without_words
 from asymlift.maths.asymmetric import calibrate, project
 from tests.families.case import case_of
 from tests.tiny import GRID, Pair, lifted_pair, tiny_transformer
@@ -46,6 +47,12 @@ def test_the_lifted_model_is_the_latent_model(name, s, dtype, tolerance):
     assert error <= tolerance, (
         f"off by {error:.1e} of the largest number: order_in or order_out? first, also_first, last?"
     )
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.wordless])
+def test_the_lifted_network_that_sees_no_words_is_the_latent_one(name):
+    pair = lifted_pair(name, net=tiny_transformer(name, seed=7))
+    assert lift_error(replace(pair, text=without_words(pair.text))) <= 1e-12
 
 
 @pytest.mark.parametrize(("name", "usual"), [("flux1", 3.5), ("flux2", 4.0)])

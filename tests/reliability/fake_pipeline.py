@@ -4,6 +4,7 @@ No diffusers class could run it; convert needs none for the maps. Everything is 
 milliseconds: f = 2, C = 2, q = 2, so p = 4, d = 8, D = 48.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from asymlift.maths.color import ColorCode
 from asymlift.stages.convert import ConvertPlan
 
 FAMILY = FAMILIES["flux2"]
+SECOND = "unconditional_transformer"
+TWO_NETWORKS = dataclasses.replace(FAMILY, wordless=SECOND)
 INNER, PATCH, D, d = 16, 4, 48, 8
 CARD = """---
 license: other
@@ -48,8 +51,11 @@ def transformer_tensors(seed: int) -> dict[str, Tensor]:
     return {k: torch.randn(shape, generator=g).bfloat16() for k, shape in shapes.items()}
 
 
-def write_base(folder: Path, *, seed: int = 0, shards: int = 3) -> Path:
-    """Write the pipeline. With three shards, the maps are in the first and the last of them."""
+def write_base(folder: Path, *, seed: int = 0, shards: int = 3, second: bool = False) -> Path:
+    """Write the pipeline. With three shards, the maps are in the first and the last of them.
+
+    A second network has other weights, and lies in one file.
+    """
     index = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": "0.42.1"}
     classes = {
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -57,6 +63,8 @@ def write_base(folder: Path, *, seed: int = 0, shards: int = 3) -> Path:
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
     }
+    if second:
+        classes[SECOND] = classes["transformer"]
     write_json(folder / "model_index.json", index | classes)
     (folder / "README.md").write_text(CARD)
     (folder / "LICENSE.txt").write_text("Do good.\n")
@@ -70,6 +78,9 @@ def write_base(folder: Path, *, seed: int = 0, shards: int = 3) -> Path:
     config = {"_class_name": "Flux2Transformer2DModel", "in_channels": d, "out_channels": None}
     write_json(folder / "transformer/config.json", config)
     _write_weights(folder / "transformer", transformer_tensors(seed), shards)
+    if second:
+        write_json(folder / SECOND / "config.json", config)
+        _write_weights(folder / SECOND, transformer_tensors(seed + 100), 1)
     return folder
 
 
@@ -103,12 +114,15 @@ def write_basis(path: Path, base: Path, *, seed: int = 0, **changes: object) -> 
     return path
 
 
-def fake_plan(folder: Path, *, seed: int = 0, shards: int = 3, **changes: object) -> ConvertPlan:
+def fake_plan(
+    folder: Path, *, seed: int = 0, shards: int = 3, second: bool = False, **changes: object
+) -> ConvertPlan:
     """Write base and basis below `folder`, and return the plan that converts them."""
-    base = write_base(folder / f"base-{seed}", seed=seed, shards=shards)
+    base = write_base(folder / f"base-{seed}", seed=seed, shards=shards, second=second)
     basis = write_basis(folder / f"basis-{seed}.safetensors", base)
     plan = {"base": base, "basis": basis, "output": folder / "run" / "lifted", "verify": "maps"}
-    return ConvertPlan(**{**plan, "family": FAMILY, **changes})
+    family = TWO_NETWORKS if second else FAMILY
+    return ConvertPlan(**{**plan, "family": family, **changes})
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

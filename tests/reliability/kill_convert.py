@@ -26,7 +26,8 @@ class Experiment:
 
     def __init__(self, folder: Path, *, over_old: bool) -> None:
         self.run = folder / "run"
-        self.plan: ConvertPlan = fake_plan(folder, seed=0, overwrite=over_old)
+        # Into an empty place go two networks, each with maps of its own.
+        self.plan: ConvertPlan = fake_plan(folder, seed=0, second=not over_old, overwrite=over_old)
         convert(self.plan)
         self.new = snapshot(self.plan.output)
         shutil.rmtree(self.run)

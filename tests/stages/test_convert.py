@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,18 +15,23 @@ import torch
 
 from asymlift.artifacts import files
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.manifest import check_manifest
 from asymlift.artifacts.safetensors_stream import save_tensors
 from asymlift.errors import BadData, CannotWrite, Unavailable
 from asymlift.families import FAMILIES
 from asymlift.maths.basis import random_basis
 from asymlift.maths.color import ColorCode
+from asymlift.model import loading
+from asymlift.runtime import third_party
 from asymlift.stages import self_check
 from asymlift.stages.convert import SLACK, convert
 from asymlift.stages.self_check import COUPLING_TOLERANCE
 from tests import tiny
+from tests.families.case import case_of
 from tests.reliability.fake_pipeline import (
     INNER,
+    SECOND,
     D,
     d,
     fake_plan,
@@ -43,11 +49,20 @@ def plan(tmp_path):
     return fake_plan(tmp_path)
 
 
-def tensors_of(folder):
+def tensors_of(folder, component="transformer"):
     found = {}
-    for path in DiffusersFolder(folder).weight_files("transformer"):
+    for path in DiffusersFolder(folder).weight_files(component):
         found |= safetensors.torch.load_file(path)
     return found
+
+
+def space_needed(plan, monkeypatch):
+    """In bytes, as the refusal says it."""
+    with monkeypatch.context() as patch, pytest.raises(CannotWrite, match="needs") as error:
+        patch.setattr("asymlift.stages.convert.human_bytes", str)
+        patch.setattr("asymlift.stages.convert.free_bytes", lambda path: 0)
+        convert(plan)
+    return int(re.search(r"needs (\d+)", str(error.value))[1])
 
 
 # -- what it does
@@ -72,7 +87,7 @@ def test_two_maps_change_and_every_other_tensor_keeps_its_bits(shards, tmp_path)
     assert max(dataclasses.astuple(report.maps)) < 1e-7
 
 
-def test_all_else_is_the_base_linked_and_not_copied(plan):
+def test_all_else_is_the_base_its_weights_linked(plan):
     report = convert(plan)
     changed = {
         "manifest.json",
@@ -87,9 +102,22 @@ def test_all_else_is_the_base_linked_and_not_copied(plan):
     assert lifted.keys() - changed == base.keys() - changed
     for name in lifted.keys() - changed:
         assert lifted[name] == base[name]
-        assert (plan.output / name).samefile(plan.base / name)
-    assert report.linked == len(lifted.keys() - changed)
+        linked = name.endswith(".safetensors")
+        assert (plan.output / name).samefile(plan.base / name) == linked
+    assert report.linked == 3  # VAE, text encoder, the shard of no map
     assert report.license == "other, a-license"
+
+
+def test_editing_the_lifted_folder_leaves_the_base_alone(plan):
+    before = snapshot(plan.base)
+    convert(plan)
+    edited = [p for p in plan.output.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
+    for path in edited:
+        with path.open("ab") as file:  # the same file, not another in its place
+            file.write(b"edited")
+    assert plan.output / "model_index.json" in edited
+    assert plan.output / "README.md" in edited
+    assert snapshot(plan.base) == before
 
 
 def test_where_links_are_impossible_files_are_copied(plan, monkeypatch):
@@ -176,6 +204,107 @@ def test_without_its_text_encoder_folder_a_base_still_converts(plan):
     assert any("text_encoder: named in model_index.json" in note for note in convert(plan).notes)
 
 
+# -- a second network, which guidance goes against
+
+
+@pytest.fixture
+def two(tmp_path):
+    return fake_plan(tmp_path, second=True)
+
+
+def test_both_networks_are_lifted_by_one_basis(two):
+    report = convert(two)
+    A = random_basis(D, d, torch.Generator().manual_seed(0)).float().double()
+    for component, seed in (("transformer", 0), (SECOND, 100)):
+        old, new = transformer_tensors(seed), tensors_of(two.output, component)
+        assert torch.equal(
+            new["x_embedder.weight"], (old["x_embedder.weight"].double() @ A.T).float()
+        )
+        assert torch.equal(new["proj_out.weight"], (A @ old["proj_out.weight"].double()).float())
+        block = "transformer_blocks.0.attn.to_q.weight"
+        assert torch.equal(new[block], old[block])
+        config = json.loads((two.output / component / "config.json").read_text())
+        assert config["in_channels"] == 48
+    assert report.written == 3
+    assert report.notes == []
+    assert max(dataclasses.astuple(report.maps)) < 1e-7
+    lifted, base = read_lifted(two.output), DiffusersFolder(two.base)
+    assert lifted.networks == ("transformer", SECOND)
+    assert lifted.fingerprints[f"base_{SECOND}"] == base.fingerprint(SECOND)
+    assert convert(two).already_done
+
+
+def test_another_second_network_makes_another_conversion(two):
+    convert(two)
+    weights = two.base / SECOND / "diffusion_pytorch_model.safetensors"
+    save_tensors(weights, transformer_tensors(101))
+    with pytest.raises(CannotWrite, match=rf"another conversion \(base_{SECOND} sha256"):
+        convert(two)
+
+
+def test_both_networks_of_a_killed_run_are_kept(two, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("asymlift.stages.convert._verify", killed)
+        convert(two)
+    report = convert(two)
+    assert (report.written, report.resumed) == (3, 3)
+    again = dataclasses.replace(two, output=two.output.with_name("again"))
+    convert(again)
+    assert snapshot(two.output) == snapshot(again.output)
+
+
+def test_the_space_of_both_networks_is_needed(two, monkeypatch):
+    both = space_needed(two, monkeypatch)
+    family = FAMILIES["flux2"]  # which knows of no second one: its config is copied
+    one = space_needed(dataclasses.replace(two, family=family), monkeypatch)
+    config = (two.base / SECOND / "config.json").stat().st_size
+    convert(two)
+    lifted = two.output / SECOND / "diffusion_pytorch_model.safetensors"
+    assert both - one == lifted.stat().st_size - config
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_base_without_its_second_network_still_converts_and_is_told(named, two):
+    shutil.rmtree(two.base / SECOND)
+    if not named:
+        index = json.loads((two.base / "model_index.json").read_text())
+        index[SECOND] = [None, None]
+        (two.base / "model_index.json").write_text(json.dumps(index))
+    (note,) = convert(two).notes
+    assert f"there is no {SECOND}/, so guidance will go against the empty prompt" in note
+    assert read_lifted(two.output).networks == ("transformer",)
+
+
+def test_a_second_network_of_another_kind_is_refused(two):
+    path = two.base / SECOND / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"in_channels": 2 * d}))
+    with pytest.raises(BadData, match=f"transformer and {SECOND} do not read the same latents"):
+        convert(two)
+    path.write_text(json.dumps(config | {"_class_name": "SD3Transformer2DModel"}))
+    with pytest.raises(BadData, match=f"its {SECOND} is a SD3Transformer2DModel, but family flux2"):
+        convert(two)
+    assert not two.output.exists()
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_the_maps_of_the_second_network_are_read_back_too(factor, two, monkeypatch):
+    real = self_check.read_tensor
+
+    def faulty(path, name):
+        value = real(path, name)
+        wrong = value.shape == (D, INNER) and path.parent.name == SECOND
+        return value * factor if wrong else value
+
+    monkeypatch.setattr(self_check, "read_tensor", faulty)
+    with pytest.raises(BadData, match="the maps that were written are not those of the base"):
+        convert(two)
+    assert list(two.output.parent.iterdir()) == []
+
+
 # -- over something that is there
 
 
@@ -237,6 +366,18 @@ def test_a_second_convert_at_the_same_time_is_refused(plan):
         convert(plan)
 
 
+def test_copies_count_as_space_even_where_links_are_possible(plan, monkeypatch):
+    before = space_needed(plan, monkeypatch)
+    for name in (
+        "README.md",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+    ):
+        with (plan.base / name).open("ab") as file:
+            file.write(b" " * 1000)
+    assert space_needed(plan, monkeypatch) == before + 2000  # weights are linked
+
+
 def test_too_little_space_is_said_before_the_first_byte(plan, monkeypatch):
     monkeypatch.setattr("asymlift.stages.convert.free_bytes", lambda path: 1000)
     with pytest.raises(CannotWrite, match=r"lifted: needs 1\.0 MiB, but only 1000 bytes are free"):
@@ -256,17 +397,18 @@ def test_the_copies_of_a_killed_run_are_kept_and_need_no_space(plan, monkeypatch
     monkeypatch.setattr(Path, "hardlink_to", no_links)
     shard = next((plan.base / "transformer").glob("*-00002-of-*"))  # of no map
     text_encoder = plan.base / "text_encoder/model.safetensors"
+    index = plan.base / "model_index.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("asymlift.stages.convert._verify", killed)
         convert(plan)
     new = plan.output.with_name(".lifted.work") / "new"
-    copies = [new / path.relative_to(plan.base) for path in (shard, text_encoder)]
+    copies = [new / path.relative_to(plan.base) for path in (shard, text_encoder, index)]
     before = [path.stat().st_mtime_ns for path in copies]
     monkeypatch.setattr("asymlift.stages.convert.free_bytes", lambda path: SLACK)
 
     convert(plan)
 
-    copies = [plan.output / path.relative_to(plan.base) for path in (shard, text_encoder)]
+    copies = [plan.output / path.relative_to(plan.base) for path in (shard, text_encoder, index)]
     assert [path.stat().st_mtime_ns for path in copies] == before
 
 
@@ -413,6 +555,41 @@ def test_a_family_that_describes_another_model_is_found_out_and_leaves_nothing(r
         convert(dataclasses.replace(plan, family=wrong))
     assert not plan.output.exists()
     assert not plan.output.with_name(".lifted.work").exists()
+
+
+@torch.no_grad()
+def test_the_stock_pipeline_runs_the_lifted_folder_with_guidance(real_base, tmp_path):
+    plan = real_plan(tmp_path, "ideogram4", real_base("ideogram4"), verify="maps")
+    convert(plan)
+    pipeline = third_party.library("diffusers").Ideogram4Pipeline.from_pretrained(plan.output)
+    pipeline.set_progress_bar_config(disable=True)
+    geometry, call = tiny.tiny_geometry("ideogram4"), case_of("ideogram4").call
+
+    def drawn(guidance):
+        options = call | {"guidance_scale": guidance, "generator": torch.Generator().manual_seed(0)}
+        return pipeline(**options, num_inference_steps=2, output_type="latent").images
+
+    one, other = drawn(1.0), drawn(4.0)
+    assert one.shape == (1, 24, geometry.D)
+    assert (one - other).norm() > 0.01 * one.norm()
+
+
+def test_the_second_network_is_sampled_in_the_full_check(real_base, tmp_path, monkeypatch):
+    real = loading.load_transformer
+
+    def spoiled(folder, family, *, dtype, component):
+        net = real(folder, family, dtype=dtype, component=component)
+        if component == "unconditional_transformer" and folder != plan.base:
+            net.final_layer.linear.weight.data.mul_(1.1)
+        return net
+
+    plan = real_plan(tmp_path, "ideogram4", real_base("ideogram4"))
+    monkeypatch.setattr(loading, "load_transformer", spoiled)
+    with pytest.raises(
+        BadData, match="unconditional_transformer: sampling in pixels does not follow"
+    ):
+        convert(plan)
+    assert not plan.output.exists()
 
 
 def test_the_whole_model_is_checked_in_full_float32(real_base, tmp_path, monkeypatch):

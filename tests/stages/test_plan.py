@@ -7,17 +7,20 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.cli import app
 from asymlift.data.writer import write_shard
 from asymlift.embedded import MODELS
 from asymlift.embedded.scenes import make_scenes
+from asymlift.families.base import Geometry
 from asymlift.recipe import check_recipe
 from asymlift.stages.open_data import open_data
 from asymlift.stages.plan.data import look_at_data
 from asymlift.stages.plan.estimate import GIB, as_json, plan, render
 from asymlift.stages.plan.memory import Limits, Planner, alternatives
-from asymlift.stages.plan.model import blueprint_of
+from asymlift.stages.plan.model import Blueprint, blueprint_of
 from benchmarks.plan_memory import measured, predicted, recipe_values, write_lifted
+from tests.reliability.fake_pipeline import TWO_NETWORKS, write_base
 from tests.stages.small_run import encoded
 from tests.stages.small_run import recipe_values as small_values
 
@@ -56,6 +59,14 @@ def test_a_plan_is_within_15_percent_of_a_real_step(tmp_path):
         said = predicted(cases[name], 1, bucket=100_000)
         assert said["tensors"] == pytest.approx(real["tensors"], rel=0.15), name
         assert said["showing"] == real["showing"], name
+
+
+def test_a_second_network_is_no_encoder_but_takes_disk(tmp_path):
+    folder = DiffusersFolder(write_base(tmp_path, second=True))
+    blueprint = Blueprint(TWO_NETWORKS, Geometry(2, 2, 2), {}, {}, folder, "")
+    sizes = blueprint.file_bytes
+    assert blueprint.encoder_bytes == sizes["vae"] + sizes["text_encoder"]
+    assert sum(sizes.values()) - blueprint.encoder_bytes == 2 * sizes["transformer"]
 
 
 def test_the_report_marks_the_recipes_own_setting_and_adds_up(tmp_path):

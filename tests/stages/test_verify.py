@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asymlift.artifacts.manifest import write_manifest
-from asymlift.artifacts.safetensors_stream import save_tensors
+from asymlift.artifacts.safetensors_stream import load_tensors, save_tensors
 from asymlift.data.table import index_path, load_table
 from asymlift.data.writer import Packed, write_shard
 from asymlift.errors import BadData
@@ -14,7 +14,7 @@ from asymlift.maths.basis import random_basis
 from asymlift.stages.convert import convert
 from asymlift.stages.verify import verify
 from tests.data.small_shards import PNG, flip, make_sample, overwrite, raw_tar
-from tests.reliability.fake_pipeline import fake_plan, write_basis
+from tests.reliability.fake_pipeline import SECOND, fake_plan, write_basis
 
 
 @pytest.fixture
@@ -65,6 +65,18 @@ def test_a_lifted_folder_without_manifest_is_not_whole(plan):
     verdict = verify(plan.output)
     assert not verdict.ok
     assert "no manifest.json" in verdict.problems[0]
+
+
+def test_every_network_that_was_lifted_is_read(tmp_path):
+    plan = fake_plan(tmp_path, second=True)
+    convert(plan)
+    assert verify(plan.output).ok
+    path = plan.output / SECOND / "diffusion_pytorch_model.safetensors"
+    tensors = load_tensors(path)
+    tensors["proj_out.weight"][0, 0] = torch.nan
+    save_tensors(path, tensors)
+    problems = verify(plan.output).problems
+    assert f"{SECOND}/{path.name}: proj_out.weight holds NaN or infinity" in problems
 
 
 def test_nan_is_found_even_under_a_right_checksum(tmp_path):

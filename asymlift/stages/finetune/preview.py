@@ -1,4 +1,9 @@
-"""Previews while training: the same prompts and noise by the base, as lifted, and as of now."""
+"""Previews while training: the same prompts and noise by the base, as lifted, and as of now.
+
+Guidance goes against the empty prompt in every row: one network is in memory, and rows differ in
+nothing but weights. So of a family with a second network for that (`Family.wordless`), `sample`
+draws other pictures of the base and the lifted model.
+"""
 
 from __future__ import annotations
 

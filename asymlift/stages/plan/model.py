@@ -67,7 +67,8 @@ class Blueprint:
     @property
     def encoder_bytes(self) -> int:
         """Of the VAE and the text encoders."""
-        return sum(size for name, size in self.file_bytes.items() if name != "transformer")
+        others = self.file_bytes.keys() - set(self.family.networks)
+        return sum(self.file_bytes[name] for name in others)
 
     def text_shapes(self, length: int | None) -> dict[str, tuple[int, ...]]:
         return self.family.text_shapes(self.config, length)

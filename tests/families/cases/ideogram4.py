@@ -19,6 +19,7 @@ from tests.families.case import (
 )
 from tests.families.cases.flux2 import vae
 from tests.families.text_parts import qwen3_vl
+from tests.tiny import randomise
 
 GRID, NUM, HIDDEN, LAYERS = (4, 6), 24, 8, 13
 MOST = 120  # bytes of the longest prompt: the template's own text comes before it
@@ -40,8 +41,10 @@ def as_tokens(image: Tensor) -> Tensor:
 
 def assemble(parts: dict[str, Any]) -> Any:
     """The second network is of the same width, and its answer is not used unguided."""
-    transformer = parts["transformer"]
-    second = None if transformer is None else type(transformer).from_config(transformer.config)
+    transformer, second = parts["transformer"], None
+    if transformer is not None:
+        second = type(transformer).from_config(transformer.config).eval()
+        randomise(second, seed=7)
     kind = third_party.library("diffusers").Ideogram4Pipeline
     return kind(**parts, unconditional_transformer=second)
 
