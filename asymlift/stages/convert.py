@@ -139,9 +139,10 @@ def read_source(plan: ConvertPlan) -> Source:
     if (base.path / lifted_folder.FACTS).exists():
         raise BadData(f"{plan.base}: is lifted already; give the latent model it was made from.")
     config = base.config(COMPONENT)
-    if config.get("_class_name") != family.transformer.rpartition(":")[2]:
+    kind = config.get("_class_name", base.components.get(COMPONENT))
+    if kind != family.transformer.rpartition(":")[2]:
         raise BadData(
-            f"{plan.base}: its transformer is a {config.get('_class_name')}, but family "
+            f"{plan.base}: its transformer is a {kind}, but family "
             f"{family.name} is for {family.transformer}. Choose another family, or `auto`."
         )
     geometry = geometry_of(base, family)

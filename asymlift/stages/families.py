@@ -26,6 +26,7 @@ def facts_of(family: Family) -> dict[str, Any]:
         "proven": [proof for proof in PROOFS if proof not in family.unproven],
         "unproven": dict(family.unproven),
         "heavy_text": family.heavy_text,
+        "needs": dict(family.needs),
     }
 
 
@@ -51,4 +52,8 @@ def remarks() -> list[str]:
         lines += [f"{family.name}, not {proof}: {why}" for proof, why in family.unproven.items()]
         if family.heavy_text:
             lines.append(f"{family.name}: {family.heavy_text}")
+        lines += [
+            f"{family.name}: its prompts need {package}: pip install '{source}'"
+            for package, source in family.needs.items()
+        ]
     return lines
