@@ -269,6 +269,7 @@ def test_families_are_listed_with_what_is_proven_of_each():
         assert family["class"] in shown and all(name in shown for name in family["checkpoints"])
         assert f"{family['d']}/{family['D']}" in shown
         assert all(why in shown for why in family["unproven"].values())
+        assert all(f"pip install '{source}'" in shown for source in family["needs"].values())
     takers = [family["name"] for family in found if family["references"]]
     assert takers == ["flux2"]
     assert f"{takers[0]}: can go by pictures too" in shown

@@ -27,6 +27,7 @@ from asymlift.families.lumina_next import LUMINA_NEXT
 from asymlift.families.nucleus import NUCLEUS
 from asymlift.families.omnigen import OMNIGEN
 from asymlift.families.ovis import OVIS
+from asymlift.families.prx import PRX
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.qwenimage21 import QWENIMAGE21
 from asymlift.families.refusals import why_class_refused
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         NUCLEUS,
         OMNIGEN,
         OVIS,
+        PRX,
         QWENIMAGE,
         QWENIMAGE21,
         SANA,

@@ -4,6 +4,7 @@ B images, C latent channels, f the VAE's down-scale, q the latent patch; p = f q
 D = 3 p^2, and C' = 3 f^2: the channels of a pixel image that is read as a latent map.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from asymlift.errors import BadData, BadRecipe
+from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.maths.guidance import Renorm
 from asymlift.maths.patches import Order
 
@@ -128,13 +129,15 @@ class Family:
     text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
     has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
     library: str | None = None  # one's own package, whose classes a checkpoint may name too
-    sizes: Geometry | None = None  # of the published checkpoints
+    sizes: Geometry | None = None  # of the published checkpoints, or most of them
     unproven: Mapping[str, str] = field(default_factory=dict)  # which of PROOFS is not, and why
     only_squares: bool = False  # it draws pictures as high as wide
     prompts: tuple[str, ...] = ("", "a red lighthouse")  # that any checkpoint can embed
     heavy_text: str | None = None  # why captions are better encoded while training
     # Pictures that it goes by beside the prompt, which `run` finds by `references_of`; or why none.
     references: ReferencePictures | str = "nobody has told asymlift how its network would read them"
+    # Packages, besides ours, that its pipeline cannot embed prompts without -> what pip installs.
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def first_maps(self) -> tuple[str, ...]:
@@ -151,6 +154,18 @@ def trained_in_full(family: Family) -> dict[str, str]:
     """Return word -> path of the modules that a recipe may name by a word, all families alike."""
     words = {"first": family.first, "last": family.last, "final_norm": family.final_norm}
     return {word: path for word, path in words.items() if path is not None}
+
+
+def check_needs(family: Family) -> None:
+    """Refuse to embed prompts where a package that this takes is missing."""
+    for package, source in family.needs.items():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise Unavailable(
+                f"{family.name}: no prompt can be embedded without {package}, which cannot be "
+                f"imported ({error}); pip install '{source}'"
+            ) from error
 
 
 def setting(config: Config, key: str) -> Any:

@@ -22,10 +22,6 @@ CODES = (
     "besides the prompt it is told codes of the very picture, which a language model draws first; "
     "training would need them for every picture"
 )
-NO_ENCODER = (
-    "diffusers saves a text encoder with it that it cannot load again, so there would be no words; "
-    "its other parts could be lifted"
-)
 EDITS = (
     "it changes a picture that it is given, and reads that beside the noise; "
     "start from the text-to-image model of the same kind"
@@ -122,7 +118,6 @@ CLASSES: Mapping[str, str] = {
     "GlmImageTransformer2DModel": CODES,
     "JoyImageEditPlusTransformer3DModel": EDITS,
     "JoyImageEditTransformer3DModel": EDITS,
-    "PRXTransformer2DModel": NO_ENCODER,
     "PriorTransformer": PRIOR,
     "RFD4ProteinaTransformer": PROTEIN,
     "UVit2DModel": MASKED,

@@ -25,10 +25,18 @@ from asymlift.artifacts.diffusers_folder import (
 )
 from asymlift.artifacts.safetensors_stream import Header
 from asymlift.errors import BadData, Unavailable
-from asymlift.families.base import TRANSFORMER, Family
+from asymlift.families.base import TRANSFORMER, Family, check_needs
 from asymlift.runtime import third_party
 
 LIBRARIES = ("diffusers", "transformers")  # where the classes of a pipeline may come from
+# Pieces of a model of these libraries, which do not list them where model_index.json says:
+# the module that has the class, and what the piece is in the config of the whole.
+# PRX's text encoder: as published, as a pipeline saves it, and as it is saved once diffusers has
+# loaded it. https://github.com/huggingface/diffusers/issues/13142
+PIECES = dict.fromkeys(
+    ("prx.T5GemmaEncoder", "transformers.T5GemmaEncoder", "diffusers.T5GemmaEncoder"),
+    ("transformers.models.t5gemma.modeling_t5gemma", "encoder"),
+)
 SHOWN = 5  # names in a message
 # Of one network; the largest transformers have some thousand. A config asks for any number.
 MOST_PARAMETERS = 1 << 15
@@ -50,7 +58,8 @@ def load_transformer(
     folder = _existing_folder(Path(folder)) / component
     config = read_json(_existing_folder(folder) / "config.json")
     expected = family.transformer.rpartition(":")[2]
-    if config.get("_class_name") != expected:
+    # PRX as its authors convert it does not say: then model_index.json has
+    if config.get("_class_name", expected) != expected:
         raise BadData(
             f"{folder}: holds a {config.get('_class_name')}, "
             f"but family {family.name} is a {expected}"
@@ -141,6 +150,7 @@ def embed_prompts(
     family: Family, pipeline: Any, prompts: Sequence[str], length: int | None
 ) -> list[dict[str, Tensor]]:
     """Return the family's embeddings; the chat template that they need came with the model."""
+    check_needs(family)
     try:
         return family.encode_prompt(pipeline, prompts, length)
     except Exception as error:
@@ -364,7 +374,10 @@ def _load_part(
     if class_name is None:
         return None
     is_own = own is not None and f"{library}.".startswith(f"{own}.")
-    if library not in LIBRARIES and not is_own:
+    piece = None
+    if not is_own and f"{library}.{class_name}" in PIECES:
+        library, piece = PIECES[f"{library}.{class_name}"]
+    if library not in LIBRARIES and not is_own and piece is None:
         raise BadData(
             f"{origin}: {name} needs code from {library!r}; only classes of "
             f"{' and '.join(LIBRARIES)} are run"
@@ -390,6 +403,8 @@ def _load_part(
         raise BadData(f"{place}: no vocabulary in it ({_some(sorted(vocabularies))})")
     missing: Collection[str] = ()
     with _of_files(place, f"cannot be loaded as {class_name}"), _bounded():
+        if piece is not None:
+            options["config"] = _config_of_piece(part, piece, place)
         loaded = part.from_pretrained(str(place), **options)
         if is_model:
             loaded, report = loaded
@@ -397,6 +412,18 @@ def _load_part(
     if missing:
         raise BadData(f"{place}: weights are missing: {_some(sorted(missing))}")
     return loaded.eval() if is_model else loaded
+
+
+def _config_of_piece(part: Any, piece: str, place: Path) -> Any:
+    """The config of a piece of a model, whose class would read it as the config of the whole.
+
+    It is saved with its own, or with the whole's, which has it.
+    """
+    whole = part.config_class
+    if read_json(place / "config.json").get("model_type") == whole.model_type:
+        found = whole.from_pretrained(str(place), local_files_only=True)
+        return getattr(found, piece, found)
+    return whole.sub_configs[piece].from_pretrained(str(place), local_files_only=True)
 
 
 def _check_depth(path: Path, config: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     # Float32 norms under autocast: true on the CPU, slow there, and nothing to act on.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+    # Of a class that PRXPipeline is one of.
+    warnings.filterwarnings("ignore", "`LoraLoaderMixin` is deprecated")
     logging.getLogger("DeepSpeed").addFilter(_worth_saying)
     declare_missing_schemas()
 

@@ -171,7 +171,7 @@ def read_source(plan: ConvertPlan) -> Source:
 
 
 def _check_class(base: DiffusersFolder, family: Family, component: str) -> None:
-    found = base.config(component).get("_class_name")
+    found = base.config(component).get("_class_name", base.components.get(component))
     if found != family.transformer.rpartition(":")[2]:
         raise BadData(
             f"{base.path}: its {component} is a {found}, but family {family.name} is for "

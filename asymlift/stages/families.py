@@ -27,6 +27,7 @@ def facts_of(family: Family) -> dict[str, Any]:
         "unproven": dict(family.unproven),
         "heavy_text": family.heavy_text,
         "references": not isinstance(family.references, str),
+        "needs": dict(family.needs),
     }
 
 
@@ -54,4 +55,8 @@ def remarks() -> list[str]:
         lines += [f"{family.name}, not {proof}: {why}" for proof, why in family.unproven.items()]
         if family.heavy_text:
             lines.append(f"{family.name}: {family.heavy_text}")
+        lines += [
+            f"{family.name}: its prompts need {package}: pip install '{source}'"
+            for package, source in family.needs.items()
+        ]
     return lines

@@ -237,18 +237,22 @@ def talking_qwen3_vl(hidden: int, layers: int) -> dict[str, Any]:
     return parts
 
 
+def gemma_tokenizer() -> Any:
+    """A token for each letter."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
+    return third_party.library("transformers").GemmaTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, add_bos_token=True
+    )
+
+
 def gemma2(hidden: int, layers: int) -> dict[str, Any]:
     return gemma(hidden, layers, "Gemma2", query_pre_attn_scalar=8)
 
 
 def gemma(hidden: int, layers: int, kind: str = "Gemma", **config: Any) -> dict[str, Any]:
-    """Gemma and its tokenizer, a token for each letter: `text_encoder` and `tokenizer`."""
-    transformers = third_party.library("transformers")
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *LETTERS]
-    tokenizer = transformers.GemmaTokenizer(
-        vocab={piece: i for i, piece in enumerate(pieces)}, add_bos_token=True
-    )
-    sizes = getattr(transformers, f"{kind}Config")(
+    """Gemma and its tokenizer: `text_encoder` and `tokenizer`."""
+    tokenizer = gemma_tokenizer()
+    sizes = getattr(third_party.library("transformers"), f"{kind}Config")(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=16,
@@ -280,3 +284,27 @@ def llama(hidden: int, layers: int) -> Any:
         eos_token_id=2,
     )
     return random_model("LlamaForCausalLM", config)
+
+
+def t5gemma(hidden: int, length: int) -> dict[str, Any]:
+    """T5Gemma's encoder, whose prompts are cut at so many words, and its tokenizer."""
+    tokenizer = gemma_tokenizer()
+    tokenizer.model_max_length = length
+    third_party.library("transformers")
+    from transformers.models.t5gemma import configuration_t5gemma, modeling_t5gemma
+
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},  # not the default
+    }
+    config = configuration_t5gemma.T5GemmaConfig(encoder=sizes, decoder=sizes).encoder
+    encoder = seeded(lambda: modeling_t5gemma.T5GemmaEncoder(config), SEED)
+    return {"text_encoder": seeded(lambda: widened(encoder), SEED), "tokenizer": tokenizer}

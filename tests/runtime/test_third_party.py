@@ -18,6 +18,7 @@ import torchvision
 from torchvision.models import vgg16
 diffusers = third_party.library("diffusers")
 assert diffusers.Flux2Transformer2DModel and third_party.library("lpips").LPIPS
+diffusers.loaders.LoraLoaderMixin()
 """
 
 
