@@ -11,7 +11,6 @@ import pytest
 
 from asymlift.families import FAMILIES
 from asymlift.families.flux2 import DEFAULT_STEPS
-from tests.families import cases
 from tests.families.case import case_of
 from tests.tiny import tiny_pipeline, tiny_transformer
 
@@ -20,7 +19,7 @@ def test_a_family_its_module_and_its_case_have_one_name():
     for name, family in FAMILIES.items():
         module = importlib.import_module(f"asymlift.families.{name}")
         assert family.name == name and getattr(module, name.upper()) is family
-    files = Path(*cases.__path__).glob("[a-z]*.py")
+    files = Path(__file__).with_name("cases").glob("[a-z]*.py")
     assert sorted(file.stem for file in files) == sorted(FAMILIES)
 
 
