@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asymlift.artifacts.diffusers_folder import pipeline_index
 from asymlift.families import FAMILIES
 from asymlift.families.base import Family, Geometry, Text
 from asymlift.maths.lift import lift_first, lift_last
@@ -154,6 +155,7 @@ def tiny_pipeline(name: str, *, transformer: Any = None, vae: Any = None) -> Any
 def write_pipeline(folder: Path, name: str, **parts: Any) -> Path:
     """Save a whole tiny pipeline as a diffusers folder, as a user would have it."""
     case_of(name).save(tiny_pipeline(name, **parts), folder)
-    index = folder / "model_index.json"
+    index = pipeline_index(folder)
+    assert index
     index.write_text(json.dumps(dict(case_of(name).pipeline_parts) | json.loads(index.read_text())))
     return folder

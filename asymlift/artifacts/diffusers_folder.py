@@ -1,12 +1,15 @@
 """A diffusers pipeline folder, read without diffusers: JSON and safetensors, never pickle."""
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from asymlift.artifacts.files import sha256_file
@@ -15,6 +18,10 @@ from asymlift.artifacts.parsing import parse_json, read_small
 from asymlift.artifacts.safetensors_stream import Header, read_header
 from asymlift.errors import BadData
 
+# What a pipeline is made of; modular ones write the second, and of both the first holds: it is of
+# what lies beside it and of the pipelines that families are proven with, while entries of the
+# second may lead to other repositories.
+INDEXES = ("model_index.json", "modular_model_index.json")
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call weights
 CONFIGS = (
     "config.json",
@@ -24,8 +31,54 @@ CONFIGS = (
     "processor_config.json",
 )
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+TEXT_NETS = ("text_encoder", "text_conditioner")  # how the names of what embeds prompts begin
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
 # Not part of what a component computes: saving the same weights again changes them.
 INCIDENTAL = ("_diffusers_version", "_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """From where a modular pipeline loads a part."""
+
+    repo: str | None  # on the hub, or a folder; None: nobody has given this part
+    subfolder: str
+    revision: str | None
+    hint: tuple[Any, Any]  # library and class, where none was loaded when it was saved
+
+    @classmethod
+    def of(cls, index: Path, name: str, entry: object) -> "Loading | None":
+        """What an entry of three says; None for any other."""
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict)):
+            return None
+        check_component_name(index, name)
+        said = {key: value for key, value in entry[2].items() if value is not None}
+        repo = said.get("pretrained_model_name_or_path", said.get("repo", ""))
+        subfolder, revision = said.get("subfolder", ""), said.get("revision", "")
+        if not all(isinstance(text, str) for text in (repo, subfolder, revision)):
+            raise BadData(f"{index}: does not say in words from where {name} is loaded.")
+        parts = PurePosixPath(subfolder)
+        if parts.is_absolute() or ".." in parts.parts or set(subfolder) & set("\\\0"):
+            raise BadData(f"{index}: takes {name} from {subfolder!r}, which leads out of a folder.")
+        hint = said.get("type_hint", (None, None))
+        if not (isinstance(hint, list | tuple) and len(hint) == 2):
+            raise BadData(f"{index}: the type_hint of {name} is no library and class.")
+        return cls(repo or None, subfolder, revision or None, (hint[0], hint[1]))
+
+    def how_to_get(self, folder: Path, name: str) -> str:
+        """What makes FOLDER/name of it."""
+        if self.repo is None:
+            return f"put it into {folder / name}"
+        if not HUB_NAME.fullmatch(self.repo) or Path(self.repo).is_dir():
+            source = "/".join(part for part in (self.repo, self.subfolder) if part)
+            return f"put what is in {source} into {folder / name}"
+        inside = f" --include {shlex.quote(self.subfolder + '/*')}" if self.subfolder else ""
+        revision = f" --revision {shlex.quote(self.revision)}" if self.revision else ""
+        target = shlex.quote(str(folder if self.subfolder else folder / name))
+        get = f"`hf download {self.repo}{inside}{revision} --local-dir {target}`"
+        if self.subfolder in ("", name):
+            return get
+        return f"{get}, then rename {folder / self.subfolder} to {folder / name}"
 
 
 class DiffusersFolder:
@@ -37,26 +90,41 @@ class DiffusersFolder:
         self._sha256: dict[Path, Future[str]] = {}
         if not path.is_dir():
             raise BadData(f"{path}: there is no such folder.")
-        if not (path / "model_index.json").is_file():
+        index = pipeline_index(path)
+        if index is None:
             raise BadData(
-                f"{path}: not a diffusers pipeline folder: it has no model_index.json. "
+                f"{path}: not a diffusers pipeline folder: it has no {' and no '.join(INDEXES)}. "
                 "Give the folder that holds transformer/ and vae/."
             )
+        self.index = index
 
     @cached_property
     def model_index(self) -> dict[str, Any]:
-        return read_json(self.path / "model_index.json")
+        """What the index says, a component as [library, class], whichever file it is from."""
+        return {name: self._plain_entry(name, entry) for name, entry in self._index.items()}
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        return read_json(self.index)
+
+    def _plain_entry(self, name: str, entry: Any) -> Any:
+        loading = Loading.of(self.index, name, entry)
+        if loading is None:
+            return entry
+        library, class_name = entry[:2] if entry[1] is not None else loading.hint
+        absent = entry[1] is None and loading.repo is None and not (self.path / name).is_dir()
+        return [None, None] if absent else [library, class_name]
 
     @property
     def components(self) -> dict[str, str]:
-        """Component name -> class name, as model_index.json has them."""
+        """Component name -> class name, as the index has them."""
         found = {
             name: entry[1]
             for name, entry in self.model_index.items()
             if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[1]
         }
         for name in found:
-            check_component_name(self.path / "model_index.json", name)
+            check_component_name(self.index, name)
         return found
 
     def has(self, component: str) -> bool:
@@ -64,11 +132,53 @@ class DiffusersFolder:
         return component in self.components and (self.path / component).is_dir()
 
     def folder(self, component: str) -> Path:
-        """The folder of a component that must be there."""
+        """The folder of a component that must be there: never another's, never fetched."""
         folder = self.path / component
-        if not folder.is_dir():
+        loading = Loading.of(self.index, component, self._index.get(component))
+        elsewhere = loading.subfolder if loading else ""
+        if elsewhere not in ("", component) and (self.path / elsewhere).is_dir():
+            raise BadData(  # diffusers would read that one, whatever else is there
+                f"{self.index}: has {component} in {elsewhere}/, but it is read from "
+                f"{component}/ only. Rename the folder, and its `subfolder` in the index."
+            )
+        if folder.is_dir():
+            return folder
+        if loading is None:
             raise BadData(f"{self.path}: there is no {component}/ in this pipeline folder.")
-        return folder
+        raise BadData(
+            f"{self.path}: there is no {component}/ in this pipeline folder; {self.index.name} "
+            f"takes it from {loading.repo or 'there'}, and nothing is downloaded unasked. "
+            f"To have it: {loading.how_to_get(self.path, component)}"
+        )
+
+    def own_indexes(self) -> dict[str, bytes]:
+        """The index files that may point elsewhere, as a copy of this folder has to have them.
+
+        diffusers looks in the copy for what has no repository; what is not here keeps its own.
+        """
+        found = {}
+        for path in (self.path / name for name in INDEXES):
+            index = read_json(path) if path.is_file() else {}
+            own = {name: self._own_entry(path, name, entry) for name, entry in index.items()}
+            if own != index:
+                found[path.name] = (json.dumps(own, indent=2) + "\n").encode()
+        return found
+
+    def _own_entry(self, index: Path, name: str, entry: Any) -> Any:
+        loading = Loading.of(index, name, entry)
+        if loading is None or not (self.path / name).is_dir():
+            return entry
+        library, class_name, said = entry
+        kept = {key: value for key, value in said.items() if key != "repo"}
+        own = {"pretrained_model_name_or_path": None, "subfolder": name}
+        hint = loading.hint if class_name is None else (library, class_name)
+        plain = {"variant": None, "revision": None, "type_hint": list(hint)}
+        return [library, class_name, kept | own | plain]
+
+    @property
+    def text_nets(self) -> list[str]:
+        """The networks that turn a prompt into embeddings."""
+        return [name for name in self.components if name.startswith(TEXT_NETS)]
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's JSON config, whatever its kind calls it."""
@@ -141,14 +251,14 @@ class DiffusersFolder:
         Without an encoder it is a tokenizer, or a list of labels, that the transformer relies on.
         """
         there = [name for name in self.components if (self.path / name).is_dir()]
-        encoders = [name for name in there if name.startswith("text_encoder")]
+        encoders = [name for name in self.text_nets if name in there]
         if has_encoder and not encoders:
             return None
         labels = {} if has_encoder else {"labels": self.model_index.get("id2label")}
         files = {
             f"{name}/{file}": self.path / name / file
             for name in there
-            if name.startswith(("tokenizer", "processor"))
+            if name.startswith(("tokenizer", "processor")) or name.endswith("_tokenizer")
             for file in list_files(self.path / name)
             if not file.startswith(".")
         }
@@ -168,6 +278,11 @@ def _digest(path: Path) -> str:
         return sha256_file(path)
     except OSError as error:
         raise BadData(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def pipeline_index(folder: Path) -> Path | None:
+    """The index that says what a pipeline folder holds; None where there is none."""
+    return next((folder / name for name in INDEXES if (folder / name).is_file()), None)
 
 
 def index_path(folder: Path) -> Path | None:
@@ -237,7 +352,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def check_component_name(index: Path, name: str) -> None:
-    """Refuse a component of model_index.json whose folder would be outside the pipeline's."""
+    """Refuse a component of an index whose folder would be outside the pipeline's."""
     if not is_plain_name(name):
         raise BadData(f"{index}: names a component {name!r}, which is no plain folder name.")
 

@@ -133,6 +133,8 @@ class Family:
     unproven: Mapping[str, str] = field(default_factory=dict)  # which of PROOFS is not, and why
     only_squares: bool = False  # it draws pictures as high as wide
     prompts: tuple[str, ...] = ("", "a red lighthouse")  # that any checkpoint can embed
+    idle: tuple[str, ...] = ()  # parts of a folder that neither pictures nor prompts need
+    own_scheduler: Config | None = None  # of one that its pipeline makes, where a folder has none
     heavy_text: str | None = None  # why captions are better encoded while training
     # Pictures that it goes by beside the prompt, which `run` finds by `references_of`; or why none.
     references: ReferencePictures | str = "nobody has told asymlift how its network would read them"

@@ -102,6 +102,8 @@ FLUX3 = Family(
     checkpoints=(),
     tier="easy",
     sizes=Geometry(vae_factor=8, channels=32, patch=2),
+    idle=("prompt_upsampler", "prompt_upsampler_processor"),  # it writes longer prompts
+    own_scheduler={"shift": 6.93},
     heavy_text="8 layers of Qwen3-VL: 41 KB a word, and its prompts have hundreds",
     references="they have a map and blocks of their own in it, which stay as they are",
 )

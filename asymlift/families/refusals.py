@@ -208,6 +208,11 @@ def why_class_refused(name: object) -> str | None:
     return reason and f"a {name}, which cannot be ported: {reason}"
 
 
+def why_pipeline_refused(name: str) -> str | None:
+    """Return why what this pipeline drives cannot be ported; a modular one is as the other."""
+    return PIPELINES.get(name.replace("ModularPipeline", "Pipeline"))
+
+
 def why_folder_refused(model_index: Config) -> str | None:
     """Return why a pipeline that lists no transformer cannot be ported."""
     listed = {
@@ -228,8 +233,8 @@ def why_refused(
 ) -> str | None:
     """Return why this checkpoint cannot be ported, although its transformer is of a family."""
     pipeline = str(model_index.get("_class_name"))
-    if pipeline in PIPELINES:
-        return f"made for {pipeline}, which cannot be ported: {PIPELINES[pipeline]}"
+    if reason := why_pipeline_refused(pipeline):
+        return f"made for {pipeline}, which cannot be ported: {reason}"
     for sign in SIGNS:
         if sign.transformer == family.transformer and sign.holds(transformer_config):
             return f"this {sign.transformer} is none that can be ported: {sign.reason}"

@@ -3,6 +3,7 @@
 Never from the network, never a pickle, never code that came with the checkpoint.
 """
 
+import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,14 @@ PIECES = dict.fromkeys(
     ("prx.T5GemmaEncoder", "transformers.T5GemmaEncoder", "diffusers.T5GemmaEncoder"),
     ("transformers.models.t5gemma.modeling_t5gemma", "encoder"),
 )
+# What modular pipelines take before anything is loaded -> key and files that name the class.
+NAMED_BY = {
+    "AutoTokenizer": ("tokenizer_class", ("tokenizer_config.json",)),
+    "AutoProcessor": (
+        "processor_class",
+        ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
+    ),
+}
 SHOWN = 5  # names in a message
 # Of one network; the largest transformers have some thousand. A config asks for any number.
 MOST_PARAMETERS = 1 << 15
@@ -114,36 +123,46 @@ def load_pipeline_parts(
 ) -> dict[str, Any]:
     """Return the named components of a pipeline folder, models in eval mode (as stored, or dtype).
 
-    A component that model_index.json lists as null is None. `library` is a family's own package,
-    whose classes are run too.
+    A component that the index lists as null is None. `library` is a family's own package, whose
+    classes are run too.
     """
-    folder = _existing_folder(Path(folder))
-    index = read_json(folder / "model_index.json")
-    return {name: _load_part(folder, index, name, library, dtype) for name in names}
+    found = DiffusersFolder(_existing_folder(Path(folder)))
+    return {name: _load_part(found, name, library, dtype) for name in names}
 
 
 def load_pipeline(
     folder: Path | str,
     components: Collection[str] | None = None,
     *,
-    library: str | None = None,
+    family: Family | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
     """Return the folder's own pipeline without its transformer: for prompts, latents, schedules.
 
-    `components` are those to load (default: all but transformers); the others are None.
+    `components` are those to load (default: all but transformers and what the family has no use
+    for); the others are None. A family that is not driven by the modular pipeline that the index
+    names has the one it is driven by.
     """
-    folder = _existing_folder(Path(folder))
-    origin = folder / "model_index.json"
-    index = read_json(origin)
+    found = DiffusersFolder(_existing_folder(Path(folder)))
+    origin, index = found.index, found.model_index
     parts = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2}
-    usual = {part for part in parts if not part.endswith("transformer")}
-    wanted = usual if components is None else components
+    wanted = usual_parts(parts, family) if components is None else components
     settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
+    library = family.library if family else None
     pipeline = _pipeline_class(origin, index.get("_class_name"), library)
     loaded = load_pipeline_parts(folder, wanted, library=library, dtype=dtype)
     with _of_files(origin, f"no {pipeline.__name__} can be made of it"):
-        return _assembled(pipeline, settings, {**dict.fromkeys(parts), **loaded})
+        given = {**dict.fromkeys(parts), **loaded}
+        if family is None or not _is_modular(pipeline) or pipeline.__name__ in family.pipelines:
+            return _assembled(pipeline, settings, given)
+        pipeline = _pipeline_class(origin, _plain_pipeline(pipeline.__name__, family), library)
+        return _assembled(pipeline, *_taken(pipeline, settings, given))
+
+
+def usual_parts(names: Collection[str], family: Family | None) -> set[str]:
+    """Those that pictures and prompts need: no transformer, and nothing idle."""
+    idle = family.idle if family else ()
+    return {name for name in names if not name.endswith("transformer") and name not in idle}
 
 
 def embed_prompts(
@@ -173,7 +192,7 @@ def _template_folder(pipeline: Any) -> str:
 
 def text_parts(folder: DiffusersFolder, family: Family) -> set[str]:
     """The components that a prompt's embedding may need: all but what makes pictures."""
-    parts = {k for k in folder.components if not k.endswith("transformer")}
+    parts = usual_parts(folder.components, family)
     return parts if family.text_needs_vae else parts - {"vae"}
 
 
@@ -318,13 +337,42 @@ def _pipeline_class(origin: Path, name: object, own: str | None) -> Any:
     return found
 
 
+def _is_modular(kind: Any) -> bool:
+    return issubclass(kind, third_party.library("diffusers").ModularPipeline)
+
+
 def _assembled(kind: Any, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
     """A pipeline of these parts; a modular one gets them after it is made."""
-    if not issubclass(kind, third_party.library("diffusers").ModularPipeline):
+    if not _is_modular(kind):
         return kind(**settings, **parts)
     pipeline = kind()
-    pipeline.update_components(**{name: part for name, part in parts.items() if part is not None})
+    there = {name: part for name, part in parts.items() if part is not None}
+    pipeline.update_components(**{**_known(settings, pipeline.config), **there})
     return pipeline
+
+
+def _plain_pipeline(modular: str, family: Family) -> str:
+    """The family's pipeline that is called most like a modular one."""
+    stem = modular.removesuffix("ModularPipeline")
+    alike = [name for name in family.pipelines if stem.startswith(name.removesuffix("Pipeline"))]
+    if not alike:
+        drivers = " or ".join(family.pipelines)
+        raise ValueError(f"family {family.name} is driven by {drivers}, not by {modular}")
+    return max(alike, key=len)
+
+
+def _taken(
+    kind: Any, settings: Mapping[str, Any], parts: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a plain pipeline takes of a modular one's settings and parts; what it lacks is None."""
+    takes = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    names = {p.name for p in takes}
+    lacks = {p.name for p in takes if p.default is p.empty}
+    return _known(settings, names), {**dict.fromkeys(lacks), **_known(parts, names)}
+
+
+def _known(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _component_kinds() -> tuple[type, ...]:
@@ -361,10 +409,8 @@ def _class_in(module: str, name: object, origin: object) -> Any:
     return found
 
 
-def _load_part(
-    folder: Path, index: Mapping[str, Any], name: str, own: str | None, dtype: Any
-) -> Any:
-    origin = folder / "model_index.json"
+def _load_part(folder: DiffusersFolder, name: str, own: str | None, dtype: Any) -> Any:
+    origin, index = folder.index, folder.model_index
     check_component_name(origin, name)
     entry = index.get(name)
     if not (isinstance(entry, list) and len(entry) == 2):
@@ -373,6 +419,8 @@ def _load_part(
     library, class_name = entry
     if class_name is None:
         return None
+    if library == "transformers" and class_name in list(NAMED_BY):
+        class_name = _named_by_files(folder.folder(name), class_name)
     is_own = own is not None and f"{library}.".startswith(f"{own}.")
     piece = None
     if not is_own and f"{library}.{class_name}" in PIECES:
@@ -388,7 +436,7 @@ def _load_part(
             f"{origin}: {name} is a {library}.{class_name}, which no part of a pipeline can be; "
             "name the class of the model, tokenizer, processor or scheduler itself"
         )
-    place = _existing_folder(folder / name)
+    place = folder.folder(name)
     is_model = issubclass(part, nn.Module)
     options: dict[str, Any] = {"local_files_only": True}
     if is_model:
@@ -424,6 +472,15 @@ def _config_of_piece(part: Any, piece: str, place: Path) -> Any:
         found = whole.from_pretrained(str(place), local_files_only=True)
         return getattr(found, piece, found)
     return whole.sub_configs[piece].from_pretrained(str(place), local_files_only=True)
+
+
+def _named_by_files(place: Path, kind: str) -> str:
+    """The class of a tokenizer or processor that an index leaves to its own files."""
+    key, files = NAMED_BY[kind]
+    for path in (place / file for file in files):
+        if path.is_file() and isinstance(name := read_json(path).get(key), str):
+            return name
+    raise BadData(f"{place}: no `{key}` in {' or '.join(files)}, so it cannot be told what it is")
 
 
 def _check_depth(path: Path, config: Mapping[str, Any]) -> None:

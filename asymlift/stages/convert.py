@@ -21,7 +21,7 @@ import torch
 from asymlift import __version__
 from asymlift.artifacts import lifted_folder
 from asymlift.artifacts.basis_file import Basis, load_basis
-from asymlift.artifacts.diffusers_folder import PICKLES, DiffusersFolder, read_json
+from asymlift.artifacts.diffusers_folder import INDEXES, PICKLES, DiffusersFolder, read_json
 from asymlift.artifacts.files import free_bytes, human_bytes, sha256_file
 from asymlift.artifacts.lifted_weights import LiftedWeights
 from asymlift.artifacts.manifest import check_manifest, digest_json, list_files, read_manifest
@@ -89,6 +89,7 @@ class Source:
     color: ColorCode
     networks: tuple[LiftedWeights, ...]
     carried: dict[str, Path]  # every file of the other parts, by its relative path
+    indexes: dict[str, bytes]  # of these, what is not taken over as it is
     basis_sha256: str
     notes: list[str]
 
@@ -165,6 +166,7 @@ def read_source(plan: ConvertPlan) -> Source:
             LiftedWeights.of(base, family, geometry, basis.A, component) for component in components
         ),
         carried=_carried_files(base, family, components, notes),
+        indexes=base.own_indexes(),
         basis_sha256=sha256_file(plan.basis),
         notes=notes,
     )
@@ -235,16 +237,16 @@ def _check_basis(
 def _carried_files(
     base: DiffusersFolder, family: Family, networks: Sequence[str], notes: list[str]
 ) -> dict[str, Path]:
-    """Every file that is taken over as it is; what is left behind is noted."""
+    """Every file that is taken over; what is left behind is noted."""
     carried = {
         path.name: path
         for path in sorted(base.path.iterdir())
-        if path.is_file() and (path.name == "model_index.json" or PAPERS.match(path.name))
+        if path.is_file() and (path.name in INDEXES or PAPERS.match(path.name))
     }
     for component in sorted(set(base.components) - set(family.networks)):
         folder = base.path / component
         if not folder.is_dir():
-            notes.append(f"{folder}: named in model_index.json, but not there")
+            notes.append(f"{folder}: named in {base.index.name}, but not there")
             continue
         names = [name for name in list_files(folder) if not name.startswith(".")]
         pickles = [name for name in names if Path(name).suffix in PICKLES]
@@ -345,7 +347,7 @@ def _build(
     """Fill the staged folder and verify it."""
     linked = written = resumed = 0
     _check_space(plan, source, staged)
-    carried = dict(source.carried)
+    carried = {k: path for k, path in source.carried.items() if k not in source.indexes}
     with progress("convert: files", len(source.files)) as ticker:
         for network, path in _weight_files(source):
             name = f"{network.component}/{path.name}"
@@ -359,6 +361,8 @@ def _build(
         for name, path in carried.items():
             linked += staged.take(name, path, functools.partial(source.base.sha256, path))
             ticker.tick(note=name)
+    for name, data in source.indexes.items():
+        staged.write(name, data)
     for network in source.networks:
         staged.write(f"{network.component}/config.json", network.config())
         if index := network.index():
@@ -394,7 +398,7 @@ def _weight_files(source: Source) -> Iterator[tuple[LiftedWeights, Path]]:
 
 def _check_space(plan: ConvertPlan, source: Source, staged: StagedFolder) -> None:
     """Refuse before the first byte, not in the middle."""
-    can_link = staged.can_link(source.base.path / "model_index.json")
+    can_link = staged.can_link(source.base.index)
 
     def taken_over(path: Path) -> int:
         return 0 if can_link and is_shared(path) else path.stat().st_size

@@ -121,6 +121,8 @@ def geometry_of(folder: DiffusersFolder, family: Family) -> Geometry:
 
 def base_shift_of(folder: DiffusersFolder, family: Family, num_tokens: int) -> float:
     """The time shift that a model's scheduler has for so many tokens."""
+    if family.own_scheduler is not None and "scheduler" not in folder.components:
+        return family.base_shift(family.own_scheduler, num_tokens)
     path = folder.folder("scheduler") / "scheduler_config.json"
     try:
         found = family.base_shift(folder.config("scheduler"), num_tokens)

@@ -450,8 +450,7 @@ def encode_prompts(
 ) -> Embeddings:
     """Embed each prompt alone, so that it comes out the same whatever the others are."""
     parts = text_parts(sources.pipeline, sources.family)
-    library = sources.family.library
-    pipeline = load_pipeline(sources.pipeline.path, parts, library=library).to(device)
+    pipeline = load_pipeline(sources.pipeline.path, parts, family=sources.family).to(device)
     with torch.no_grad():
         found = {
             prompt: embed_prompts(sources.family, pipeline, [prompt], plan.text_length)[0]

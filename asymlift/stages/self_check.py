@@ -118,7 +118,7 @@ def why_not_coupled(
     components: Sequence[str] = (TRANSFORMER,),
 ) -> str | None:
     """The reason why the full check cannot run here, or None."""
-    encoders = [name for name in base.components if name.startswith("text_encoder")]
+    encoders = base.text_nets
     if conditioning is None and family.has_text_encoder:
         if not encoders:
             return "the pipeline has no text encoder"
@@ -209,7 +209,7 @@ def check_coupling(
 def _encode(base: DiffusersFolder, family: Family, text_length: int | None) -> Text:
     from asymlift.model.loading import embed_prompts, load_pipeline, text_parts
 
-    pipeline = load_pipeline(base.path, text_parts(base, family), library=family.library)
+    pipeline = load_pipeline(base.path, text_parts(base, family), family=family)
     text = family.collate(embed_prompts(family, pipeline, family.prompts, text_length))
     del pipeline
     gc.collect()

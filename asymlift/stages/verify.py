@@ -9,7 +9,7 @@ import torch
 
 from asymlift.artifacts import lifted_folder, manifest
 from asymlift.artifacts.basis_file import has_checksum, load_basis
-from asymlift.artifacts.diffusers_folder import DiffusersFolder
+from asymlift.artifacts.diffusers_folder import DiffusersFolder, pipeline_index
 from asymlift.artifacts.files import human_bytes, plural, sha256_file
 from asymlift.artifacts.safetensors_stream import DTYPES, read_header, read_tensor
 from asymlift.data.ahead import read_ahead
@@ -58,7 +58,7 @@ def verify(path: Path) -> Verdict:
         return _verify_run(path, parts)
     if shards_in(path):
         return _verify_shards(path)
-    if (path / "model_index.json").is_file():
+    if pipeline_index(path):
         raise BadData(
             f"{path}: a diffusers folder without {manifest.NAME}, so there is nothing to verify "
             "it against. asymlift writes one beside everything that it makes."

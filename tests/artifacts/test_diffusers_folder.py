@@ -249,3 +249,133 @@ def test_pickles_are_refused_by_name(base):
 def test_plain_names_stay_in_their_folder():
     assert is_plain_name("model-00001-of-00002.safetensors")
     assert not any(is_plain_name(name) for name in ("", ".", "..", "a/b", "a\\b", ".hidden", "\0"))
+
+
+# ---- the index of a modular pipeline -----------------------------------------------------------
+
+MODULAR = "modular_model_index.json"
+
+
+def modular(base, **changes):
+    """The base with the index that a modular pipeline would have written, and these entries."""
+    plain = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").unlink()
+    entries = {
+        name: [*entry, {"pretrained_model_name_or_path": "/gone", "subfolder": name}]
+        if isinstance(entry, list)
+        else entry
+        for name, entry in plain.items()
+    }
+    write_json(base / MODULAR, entries | changes)
+    return plain
+
+
+def taken_from(repo, subfolder="", **more):
+    kind = ["transformers", "T5EncoderModel"]
+    said = {"pretrained_model_name_or_path": repo, "subfolder": subfolder, "type_hint": kind}
+    return [None, None, said | more]
+
+
+def test_a_modular_index_is_read_as_the_plain_one_would_be(base):
+    plain = modular(base)
+    folder = DiffusersFolder(base)
+    assert folder.model_index == plain and folder.index == base / MODULAR
+    assert folder.folder("vae") == base / "vae"  # although the one it was saved to is gone
+
+
+def test_a_part_that_was_not_loaded_when_it_was_saved_is_what_it_should_be(base):
+    hinted = taken_from("owner/text", "text_encoder")
+    modular(base, text_encoder=hinted, other=hinted, nothing=taken_from(None))
+    folder = DiffusersFolder(base)
+    assert folder.model_index["text_encoder"] == ["transformers", "T5EncoderModel"]
+    assert folder.components["other"] == "T5EncoderModel"  # it is somewhere
+    assert folder.model_index["nothing"] == [None, None] and "nothing" not in folder.components
+
+
+@pytest.mark.parametrize(
+    "entry, said",
+    [
+        (
+            taken_from("owner/text", "other"),
+            "from owner/text, and nothing is downloaded unasked. To have it: `hf download "
+            "owner/text --include 'other/*' --local-dir {base}`",
+        ),
+        (
+            taken_from("owner/text", "a b", revision="v1.0"),
+            "`hf download owner/text --include 'a b/*' --revision v1.0 --local-dir {base}`, "
+            "then rename {base}/a b to {base}/other",
+        ),
+        (taken_from("owner/text"), "`hf download owner/text --local-dir {base}/other`"),
+        (taken_from("/gone", "x"), "from /gone, and nothing is downloaded unasked. To have it: put "
+         "what is in /gone/x into {base}/other"),
+        (taken_from("$(rm -r ~)/x"), "To have it: put what is in $(rm -r ~)/x into {base}/other"),
+        (["a", "B", {}], "takes it from there, and nothing is downloaded unasked. To have it: "
+         "put it into {base}/other"),
+        (["a", "B"], "there is no other/ in this pipeline folder."),
+    ],
+)  # fmt: skip
+def test_a_part_that_is_not_here_is_told_how_to_get(base, entry, said):
+    modular(base, other=entry)
+    with pytest.raises(BadData) as refused:
+        DiffusersFolder(base).folder("other")
+    assert str(refused.value).endswith(said.format(base=base))
+
+
+def test_a_folder_on_this_machine_is_not_looked_for_on_the_hub(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/other").mkdir(parents=True)
+    modular(base, other=taken_from("models/other"))
+    with pytest.raises(BadData, match="put what is in models/other into"):
+        DiffusersFolder(base).folder("other")
+
+
+def test_a_part_that_lies_in_a_folder_of_another_name_is_refused(base):
+    """diffusers would load it from there, whatever is in the folder that is called like it."""
+    modular(base, vae=taken_from("/gone", "vae_2"))
+    assert DiffusersFolder(base).folder("vae")
+    (base / "vae_2").mkdir()
+    with pytest.raises(BadData, match=r"has vae in vae_2/, but it is read from vae/ only\. Rename"):
+        DiffusersFolder(base).folder("vae")
+
+
+@pytest.mark.parametrize(
+    "entry, said",
+    [
+        (taken_from("a/b", "../vae"), r"takes vae from '\.\./vae', which leads out of a folder"),
+        (taken_from("a/b", "/etc"), "takes vae from '/etc', which leads out of a folder"),
+        (taken_from("a/b", "a\\b"), "which leads out of a folder"),
+        (taken_from(["a/b"]), "does not say in words from where vae is loaded"),
+        (taken_from("a/b", 5), "does not say in words from where vae is loaded"),
+        (taken_from("a/b", revision={}), "does not say in words from where vae is loaded"),
+        (taken_from("a/b", type_hint="x"), "the type_hint of vae is no library and class"),
+    ],
+)
+def test_an_entry_of_a_modular_index_that_is_none_is_refused(base, entry, said):
+    modular(base, vae=entry)
+    with pytest.raises(BadData, match=f"{MODULAR}: .*{said}"):
+        DiffusersFolder(base).components
+
+
+def test_a_part_of_a_modular_index_does_not_lead_out_of_the_folder(base):
+    modular(base, **{"../vae": taken_from("a/b")})
+    with pytest.raises(BadData, match=r"names a component '\.\./vae', which is no plain folder"):
+        DiffusersFolder(base).components
+
+
+def test_a_copy_of_a_modular_folder_points_at_nothing_but_itself(base):
+    elsewhere = taken_from("owner/text", "x")
+    there = ["diffusers", "AutoencoderKLFlux2", {"repo": "a/b", "variant": "fp16", "revision": "1"}]
+    modular(base, other=elsewhere, vae=there, text_encoder=taken_from("a/b"))
+    (name, data), *more = DiffusersFolder(base).own_indexes().items()
+    found = json.loads(data)
+    assert name == MODULAR and not more and found["_class_name"] == "Flux2KleinPipeline"
+    kind, nobody = ["diffusers", "AutoencoderKLFlux2"], {"pretrained_model_name_or_path": None}
+    own = nobody | {"subfolder": "vae", "variant": None, "revision": None, "type_hint": kind}
+    assert found["vae"] == [*kind, own]
+    text = found["text_encoder"]
+    assert text[:2] == [None, None] and text[2]["type_hint"] == ["transformers", "T5EncoderModel"]
+    assert found["other"] == elsewhere  # not a part of the copy
+
+
+def test_a_plain_index_is_copied_as_it_is(base):
+    assert DiffusersFolder(base).own_indexes() == {}

@@ -206,6 +206,23 @@ def seeded(build: Callable[[], Any], seed: int) -> Any:
         return build().eval()
 
 
+def unguided_modular(kind: str, parts: dict[str, Any], *, without: str = "") -> Any:
+    """`assemble` of a pipeline of blocks, all but one of them; it makes its guider itself."""
+    diffusers = third_party.library("diffusers")
+    pipeline_class = getattr(diffusers, kind)
+    blocks = getattr(diffusers, pipeline_class.default_blocks_name)()
+    if without:
+        blocks.sub_blocks.pop(without)
+    pipeline = pipeline_class(blocks)
+    pipeline.update_components(guider=diffusers.ClassifierFreeGuidance(enabled=False), **parts)
+    return pipeline
+
+
+def save_modular(pipeline: Any, folder: Path) -> None:
+    """`save` of a pipeline of blocks."""
+    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
+
+
 def encode_frame(vae: Any, image: Tensor) -> Tensor:
     """`raw_latent` of a video VAE: the picture is one frame."""
     raw: Tensor = vae.encode(image.unsqueeze(2)).latent_dist.mode().squeeze(2)

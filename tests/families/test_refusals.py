@@ -98,6 +98,22 @@ def test_a_pipeline_for_something_else_is_refused_with_its_reason(pipeline):
     assert said == f"made for {pipeline}, which cannot be ported: {PIPELINES[pipeline]}"
 
 
+@pytest.mark.parametrize(
+    ("modular", "plain"),
+    [
+        ("FluxKontextModularPipeline", "FluxKontextPipeline"),
+        ("QwenImageEditModularPipeline", "QwenImageEditPipeline"),
+        ("QwenImageEditPlusModularPipeline", "QwenImageEditPlusPipeline"),
+        ("QwenImageLayeredModularPipeline", "QwenImageLayeredPipeline"),
+    ],
+)
+def test_a_modular_pipeline_for_something_else_is_refused_as_the_plain_one(modular, plain):
+    assert hasattr(third_party.library("diffusers"), modular)
+    said = why_refused(FAMILIES["qwenimage"], {}, FLOW, {"_class_name": modular})
+    assert said == f"made for {modular}, which cannot be ported: {PIPELINES[plain]}"
+    assert why_refused(FAMILIES["flux1"], {}, FLOW, {"_class_name": "FluxModularPipeline"}) is None
+
+
 # ---- configs -----------------------------------------------------------------------------------
 
 

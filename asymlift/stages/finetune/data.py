@@ -339,7 +339,7 @@ class Encoders:
         dist.first_does(ranks, self.check_latents)
 
     def load(self) -> None:
-        self.pipeline = load_pipeline(self.lifted.folder, library=self.family.library)
+        self.pipeline = load_pipeline(self.lifted.folder, family=self.family)
         for part in self.pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)

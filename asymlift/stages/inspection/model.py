@@ -10,7 +10,7 @@ from typing import Any
 
 from asymlift.artifacts import checkpoint, lifted_folder, manifest
 from asymlift.artifacts.basis_file import has_checksum, load_basis
-from asymlift.artifacts.diffusers_folder import DiffusersFolder, read_json
+from asymlift.artifacts.diffusers_folder import INDEXES, DiffusersFolder, pipeline_index, read_json
 from asymlift.artifacts.files import human_bytes
 from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.artifacts.safetensors_stream import Header, TensorInfo, read_header
@@ -60,7 +60,7 @@ def _by_kind(path: Path) -> Inspection | None:
         return readers[path.suffix](path) if path.suffix in readers else None
     for mark, reader in (
         (lifted_folder.FACTS, _lifted),
-        ("model_index.json", _base),
+        *((index, _base) for index in INDEXES),
         (checkpoint.STATE, _checkpoint),
         ("index.json", _samples),
     ):
@@ -73,7 +73,7 @@ def _by_kind(path: Path) -> Inspection | None:
                 raise BadData(f"{path}: not as {mark} should be ({reason})") from error
     if any((path / part).exists() for part in RUN_PARTS):
         return _run(path)
-    if (path / "config.json").is_file() and (path.parent / "model_index.json").is_file():
+    if (path / "config.json").is_file() and pipeline_index(path.parent):
         raise BadData(f"{path}: a component of the model in {path.parent}: give that folder")
     return None
 
@@ -171,9 +171,11 @@ def _basis(path: Path) -> Inspection:
 
 def _base(path: Path) -> Inspection:
     folder = DiffusersFolder(path)
-    rows, facts, problems = _components(folder)
+    rows, facts, wrong = _components(folder)
+    problems = list(wrong.values())
     try:
         family = family_in(folder, "auto")
+        problems = [text for name, text in wrong.items() if name not in family.idle]
         geometry = geometry_of(folder, family)
         more_rows, more_facts = _sizes(folder, family, geometry, None)
         rows, facts = rows + more_rows, facts | more_facts
@@ -189,17 +191,19 @@ def _base(path: Path) -> Inspection:
 
 def _lifted(path: Path) -> Inspection:
     lifted, folder = read_lifted(path), DiffusersFolder(path)
-    rows, facts, problems = _components(folder)
+    rows, facts, wrong = _components(folder)
     more_rows, more_facts = [("family", lifted.family)], {"family": lifted.family}
     if ":" not in lifted.family:  # code of one's own is not run to look at a model
         family = find_family(lifted.family, folder.model_index, folder.config("transformer"))
         more_rows, more_facts = _sizes(folder, family, lifted.geometry, lifted.s)
+        wrong = {name: text for name, text in wrong.items() if name not in family.idle}
     rows += [*more_rows, ("scale", f"{lifted.s:.6g}"), ("colour", _color(lifted.color))]
     rows += [(f"made from {k.replace('_', ' ')}", brief(v)) for k, v in lifted.fingerprints.items()]
     for name, found in lifted.facts.get("verification", {}).items():
         rows.append((f"verified, {name}", _plain(found or "not run")))
     rows.append(("licence of the base", lifted.facts.get("base_license") or "not said"))
     facts |= more_facts | {"scale": lifted.s, "asymlift": lifted.facts}
+    problems = list(wrong.values())
     return Inspection("lifted model", _pipeline_name(folder), rows, facts, problems)
 
 
@@ -209,11 +213,11 @@ def _pipeline_name(folder: DiffusersFolder) -> str:
 
 def _components(
     folder: DiffusersFolder,
-) -> tuple[list[tuple[str, str]], dict[str, Any], list[str]]:
-    """One row per component with weights."""
+) -> tuple[list[tuple[str, str]], dict[str, Any], dict[str, str]]:
+    """One row per component with weights, and what is wrong with which."""
     rows: list[tuple[str, str]] = []
     facts: dict[str, Any] = {"components": {}}
-    problems = []
+    problems = {}
     for name, class_name in folder.components.items():
         found: dict[str, Any] = {"class": class_name}
         facts["components"][name] = found
@@ -226,7 +230,7 @@ def _components(
                 found["num_files"] = len(headers)
                 said += f": {_count(_numbers(headers))} {_dtypes(headers)}, {human_bytes(size)}"
         except BadData as error:
-            problems.append(str(error))
+            problems[name] = str(error)
         rows.append((name.replace("_", " "), said))
     return rows, facts, problems
 

@@ -73,7 +73,7 @@ class Encoders:
     def pipeline(self) -> Any:
         from asymlift.model.loading import load_pipeline
 
-        pipeline = load_pipeline(self.base, library=self.family.library)
+        pipeline = load_pipeline(self.base, family=self.family)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and name != "vae":
                 part.to(self.device)

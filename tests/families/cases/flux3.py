@@ -1,13 +1,10 @@
 """FLUX.3, tiny. Its pipeline is made of blocks, without the one that rewrites prompts."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from torch.nn import functional
 
 from asymlift.maths.patches import tokens_to_image
-from asymlift.runtime import third_party
 from tests.families.case import (
     CHANNELS,
     LENGTH,
@@ -15,6 +12,8 @@ from tests.families.case import (
     Case,
     as_tokens,
     flow_scheduler,
+    save_modular,
+    unguided_modular,
 )
 from tests.families.cases.flux2 import vae
 from tests.families.text_parts import qwen3_vl
@@ -25,28 +24,6 @@ def text_parts() -> dict[str, Any]:
     processor = parts["processor"]
     processor.chat_template = processor.tokenizer.chat_template
     return {"text_encoder": parts["text_encoder"], "tokenizer": processor}
-
-
-def assemble(parts: dict[str, Any]) -> Any:
-    diffusers = third_party.library("diffusers")
-    blocks = diffusers.Flux3AutoBlocks()
-    blocks.sub_blocks.pop("prompt_upsampler")
-    pipeline = diffusers.Flux3ModularPipeline(blocks)
-    unguided = diffusers.ClassifierFreeGuidance(enabled=False)
-    pipeline.update_components(guider=unguided, **parts)
-    return pipeline
-
-
-def save(pipeline: Any, folder: Path) -> None:
-    """As a plain folder, which the modular pipeline reads too."""
-    names = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-    parts = {name: getattr(pipeline, name) for name in names}
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    index = {name: [type(part).__module__.split(".")[0], type(part).__name__]
-             for name, part in parts.items()}  # fmt: skip
-    index["_class_name"] = type(pipeline).__name__
-    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def read(call: dict[str, Any]) -> Any:
@@ -75,8 +52,10 @@ CASE = Case(
     write=as_tokens,
     start=lambda image: functional.pixel_unshuffle(image, 2),
     published=(),  # none that we know of, in diffusers' form
-    assemble=assemble,
-    save=save,
+    assemble=lambda parts: unguided_modular(
+        "Flux3ModularPipeline", parts, without="prompt_upsampler"
+    ),
+    save=save_modular,
     drive=lambda pipeline, call: pipeline(**call, output="images"),
     loose=frozenset({"encoder_hidden_states"}),
 )
