@@ -4,6 +4,7 @@ import importlib
 from difflib import get_close_matches
 
 from asymlift.errors import BadData, BadRecipe
+from asymlift.families.anima import ANIMA
 from asymlift.families.auraflow import AURAFLOW
 from asymlift.families.base import Config, Family
 from asymlift.families.bria import BRIA
@@ -30,7 +31,7 @@ from asymlift.families.ovis import OVIS
 from asymlift.families.prx import PRX
 from asymlift.families.qwenimage import QWENIMAGE
 from asymlift.families.qwenimage21 import QWENIMAGE21
-from asymlift.families.refusals import why_class_refused
+from asymlift.families.refusals import why_class_refused, why_pipeline_refused
 from asymlift.families.sana import SANA
 from asymlift.families.sd3 import SD3
 from asymlift.families.sit import SIT
@@ -39,6 +40,7 @@ from asymlift.families.zimage import ZIMAGE
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
+        ANIMA,
         AURAFLOW,
         BRIA,
         CHROMA,
@@ -75,13 +77,20 @@ FAMILIES: dict[str, Family] = {
 def find_family(name: str, model_index: Config, transformer_config: Config) -> Family:
     """Return a family by name, by `my_package.my_module:MY_FAMILY`, or by the checkpoint (auto)."""
     found = transformer_config.get("_class_name") or _listed_transformer(model_index)
+    driven_by = str(model_index.get("_class_name"))
     if name == "auto":
-        return _by_class(found)
+        return _by_class(found, driven_by)
     family = _imported(name) if ":" in name else _named(name)
     if found and found != family.transformer.rpartition(":")[2]:
         raise BadRecipe(
             f"model.family is {name}, a {family.transformer}, but the checkpoint is a {found}; "
             "use `family: auto`, or another base"
+        )
+    others = [other for other in _of_class(found) if driven_by in other.pipelines]
+    if others and ":" not in name and family not in others:
+        raise BadRecipe(
+            f"model.family is {name}, but the checkpoint is for {driven_by}, which is of family "
+            f"{others[0].name}; use `family: auto`, or another base"
         )
     return family
 
@@ -103,10 +112,22 @@ def _listed_transformer(model_index: Config) -> str | None:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
 
 
-def _by_class(found: str | None) -> Family:
-    for family in FAMILIES.values():
-        if family.transformer == found:
-            return family
+def _of_class(found: str | None) -> list[Family]:
+    return [family for family in FAMILIES.values() if family.transformer == found]
+
+
+def _by_class(found: str | None, driven_by: str) -> Family:
+    """The family of a transformer's class; of several, the one whose pipeline drives it."""
+    families = _of_class(found)
+    driven = [family for family in families if driven_by in family.pipelines]
+    if driven or len(families) == 1 or (families and why_pipeline_refused(driven_by)):
+        return (driven or families)[0]  # what is refused for its pipeline is told that elsewhere
+    if families:
+        either = " or ".join(f"{family.name} ({family.pipelines[0]})" for family in families)
+        raise BadRecipe(
+            f"the checkpoint's transformer, {found}, is of family {either}, and the index names "
+            f"neither pipeline but {driven_by}; say which it is, `family: {families[0].name}`"
+        )
     if reason := why_class_refused(found):
         raise BadData(f"the checkpoint's transformer is {reason}")
     classes = [family.transformer for family in FAMILIES.values()]

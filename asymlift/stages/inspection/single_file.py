@@ -31,6 +31,8 @@ ORIGINAL = {
     "sd35_medium": "sd3",
     "z-image-turbo": "zimage",
 }
+# Anima's own files hold its text conditioner too; diffusers takes them for Cosmos' or for nobody's.
+CONDITIONER = "llm_adapter.embed.weight"
 UNKNOWN = "v1"  # diffusers' answer where nothing is known, unless these tensors are there
 OF_STABLE_DIFFUSION = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -40,6 +42,16 @@ def portability_of(tensors: Mapping[str, TensorInfo]) -> tuple[list[tuple[str, s
     same_names = [family for family in FAMILIES.values() if _has_names_of(family, tensors)]
     if same_names:
         return _rows(same_names, "tensors named as in diffusers"), True
+    if any(name.endswith(CONDITIONER) for name in tensors):
+        anima = FAMILIES["anima"]
+        return [
+            ("family", f"{anima.name} (its authors' own format)"),
+            (
+                "can be ported",
+                f"yes, from a whole pipeline folder: {anima.checkpoints[0]} is one, and diffusers' "
+                "scripts/convert_anima_to_diffusers.py makes one of this file",
+            ),
+        ], True
     original = original_format(tensors)
     if original is None:
         return [], False
@@ -70,13 +82,13 @@ def _has_names_of(family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
 
 def _rows(families: list[Family], how: str) -> list[tuple[str, str]]:
     names = " or ".join(family.name for family in families)
-    home = next(iter(families[0].checkpoints), f"a {families[0].pipelines[0]}")
+    homes = (next(iter(family.checkpoints), f"a {family.pipelines[0]}") for family in families)
     classes = " or ".join(dict.fromkeys(family.transformer for family in families))
     return [
         ("family", f"{names} ({how})"),
         (
             "can be ported",
             f"yes, from a whole pipeline folder: load it with {classes}.from_single_file and "
-            f"save_pretrained it beside the other parts of {home}",
+            f"save_pretrained it beside the other parts of {' or '.join(homes)}",
         ),
     ]

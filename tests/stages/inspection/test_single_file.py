@@ -45,6 +45,33 @@ def test_weights_in_their_authors_own_names_are_recognised(name):
     assert can_be_ported and dict(rows)["family"].startswith(f"{name} (its authors' own format")
 
 
+def test_a_transformer_that_two_pipelines_share_is_either_and_says_whose_parts_it_needs():
+    shapes = {key: tuple(t.shape) for key, t in tiny_transformer("cosmos").state_dict().items()}
+    said = dict(portability_of(as_stored(shapes))[0])
+    assert said["family"] == "anima or cosmos (tensors named as in diffusers)"
+    homes = "circlestone-labs/Anima-Base-v1.0-Diffusers or nvidia/Cosmos-Predict2-2B-Text2Image"
+    assert said["can be ported"].endswith(f"beside the other parts of {homes}")
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.diffusion_model.", ""])
+def test_animas_own_files_are_not_taken_for_cosmos(prefix):
+    """They hold the text conditioner besides."""
+    shapes = {
+        "x_embedder.proj.1.weight": (2048, 68),
+        "blocks.0.self_attn.q_proj.weight": (2048, 2048),
+        "pos_embedder.dim_spatial_range": (22,),
+    }
+    cosmos, _ = portability_of(as_stored({f"net.{name}": s for name, s in shapes.items()}))
+    assert dict(cosmos)["family"].startswith("cosmos (")
+    shapes |= {"llm_adapter.embed.weight": (32128, 1024)}
+    rows, can_be_ported = portability_of(as_stored({prefix + n: s for n, s in shapes.items()}))
+    said = dict(rows)
+    assert can_be_ported and said["family"] == "anima (its authors' own format)"
+    assert said["can be ported"].startswith(
+        "yes, from a whole pipeline folder: circlestone-labs/Anima-Base-v1.0-Diffusers is one"
+    )
+
+
 def test_a_model_that_cannot_be_ported_is_named_and_refused():
     stable_diffusion = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}
     rows, can_be_ported = portability_of(as_stored(stable_diffusion))
