@@ -12,6 +12,7 @@ before the ranks, the others after. `clipped` has every update clipped. Prints o
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -116,6 +117,8 @@ class Matrix:
         found, whole = self.results[name_of(old, new)], self.results[f"whole-{new}"]
         assert found["resumed_from"] == HALF
         then, now = self.weights[f"whole-{new}"], self.weights[name_of(old, new)]
+        lengths = {name: float(weight.norm()) for name, weight in then.items()}
+        off = {name: float((now[name] - weight).norm()) for name, weight in then.items()}
         return {
             "from": str(old),
             "to": str(new),
@@ -125,9 +128,8 @@ class Matrix:
             "norm": max(
                 map(apart, second_half(whole, "grad_norm"), second_half(found, "grad_norm"))
             ),
-            "weights": max(
-                float((now[name] - then[name]).norm() / then[name].norm()) for name in then
-            ),
+            "weights": math.hypot(*off.values()) / math.hypot(*lengths.values()),
+            "worst_tensor": max(off[name] / lengths[name] for name in then),
         }
 
 
