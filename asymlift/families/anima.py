@@ -13,19 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from asymlift.families.base import Geometry, plain_shift, setting
+from asymlift.families.base import Geometry, Text, plain_shift, setting
 from asymlift.families.cosmos import COSMOS
+from asymlift.families.text import Sample, padded_text
 
-LENGTH = 512  # words of the longest prompt, and to which the conditioner fills up any other
+WORDS = "encoder_hidden_states"
+LENGTH = 512  # words of the longest prompt; the conditioner fills up any shorter one
 
 
 @torch.no_grad()
 def encode_prompt(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """Embed each prompt, (L, width), zeros behind it included."""
+    """Embed each prompt, (L, width), the conditioner's zeros behind it included."""
     length = LENGTH if max_length is None else max_length
     block, net = pipeline.blocks.sub_blocks["text_encoder"], pipeline.text_conditioner
     samples = []
@@ -41,11 +42,13 @@ def encode_prompt(
             source_hidden_states=read["qwen_prompt_embeds"].to(net.dtype),
             target_input_ids=read["t5_input_ids"],
         )
-        missing = max(
-            0, length - len(words)
-        )  # to a longer prompt, as the pipeline has it in a batch
-        samples.append({"encoder_hidden_states": functional.pad(words, (0, 0, 0, missing))})
+        samples.append({WORDS: words.clone()})
     return samples
+
+
+def collate(samples: Sequence[Sample]) -> Text:
+    """Fill up to the longest with zeros, as the pipeline does in a batch."""
+    return {WORDS: padded_text(WORDS, "written")(samples)[WORDS]}
 
 
 ANIMA = replace(
@@ -53,8 +56,9 @@ ANIMA = replace(
     name="anima",
     pipelines=("AnimaModularPipeline",),
     encode_prompt=encode_prompt,
+    collate=collate,
     text_shapes=lambda config, length: {
-        "encoder_hidden_states": (max(length or 0, LENGTH), setting(config, "text_embed_dim"))
+        WORDS: (max(length or 0, LENGTH), setting(config, "text_embed_dim"))
     },
     base_shift=plain_shift,
     checkpoints=("circlestone-labs/Anima-Base-v1.0-Diffusers",),

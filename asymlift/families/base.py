@@ -23,8 +23,6 @@ Config = Mapping[str, Any]
 Text = dict[str, Tensor | list[Tensor]]
 TRANSFORMER = "transformer"  # what every pipeline calls the network that draws
 
-KEEP_TOKENS = Renorm(of="tokens")
-
 # What the tests show of every family on every commit, on tiny models of the real classes.
 PROOFS = {
     "lift": "the lifted model computes what the latent one does, float64 and float32",
@@ -122,7 +120,7 @@ class Family:
     # (what `last` reads, text, N) -> (b, N, F): of each token of the picture, in reading order
     last_reads: Callable[[Tensor, Text, int], Tensor] = picture_first
     also_first: tuple[str, ...] = ()  # further maps that read the same tokens
-    renorm: Renorm = KEEP_TOKENS  # what a recipe's `sample.renorm` keeps, as the pipeline does
+    renorm: Renorm | None = None  # whose length the pipeline's guidance keeps: `sample.renorm`
     # A second network of this class in the pipeline: guidance goes against it, and `run` gives it
     # no words (see text.without_words). It is lifted with the same basis, and does not train.
     wordless: str | None = None
@@ -137,7 +135,7 @@ class Family:
     own_scheduler: Config | None = None  # of one that its pipeline makes, where a folder has none
     heavy_text: str | None = None  # why captions are better encoded while training
     # Pictures that it goes by beside the prompt, which `run` finds by `references_of`; or why none.
-    references: ReferencePictures | str = "nobody has told asymlift how its network would read them"
+    references: ReferencePictures | str = "asymlift knows of no such input of its pipeline"
     # Packages, besides ours, that its pipeline cannot embed prompts without -> what pip installs.
     needs: Mapping[str, str] = field(default_factory=dict)
 
@@ -156,6 +154,16 @@ def trained_in_full(family: Family) -> dict[str, str]:
     """Return word -> path of the modules that a recipe may name by a word, all families alike."""
     words = {"first": family.first, "last": family.last, "final_norm": family.final_norm}
     return {word: path for word, path in words.items() if path is not None}
+
+
+def renorm_rule(family: Family) -> Renorm:
+    """Return what guidance keeps the length of; BadRecipe if the pipeline's keeps none."""
+    if family.renorm is None:
+        raise BadRecipe(
+            f"sample.renorm: the guidance of {family.pipelines[0]} keeps no lengths, so asymlift "
+            f"knows none to keep for {family.name}; leave it out"
+        )
+    return family.renorm
 
 
 def check_needs(family: Family) -> None:

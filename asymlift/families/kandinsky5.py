@@ -131,4 +131,5 @@ KANDINSKY5 = Family(
     last_reads=lambda read, text, n: read.flatten(1, -2),  # (1, frame, h, w, F)
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
     tier="easy",
+    needs={"ftfy": "asymlift[prompts]"},  # without it the pipeline reads prompts differently
 )

@@ -70,6 +70,6 @@ LONGCAT = Family(
     lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "time_embed.timestep_embedder.linear_*"),
     checkpoints=("meituan-longcat/LongCat-Image", "meituan-longcat/LongCat-Image-Dev"),
     tier="free",
-    renorm=Renorm(only_shrinks=True),
+    renorm=Renorm(of="tokens", only_shrinks=True),
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

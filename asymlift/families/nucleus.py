@@ -16,6 +16,7 @@ from asymlift.families.autoencoder_frames import decode_latents, encode_latents,
 from asymlift.families.base import Family, Geometry, Text, interpolated_shift
 from asymlift.families.packing import PATCH, grid_of, packed, run_packed
 from asymlift.families.text import padded_text, words_of
+from asymlift.maths.guidance import Renorm
 
 LENGTH, MULTIPLE = 1024, 8  # words of the longest prompt; the pipeline pads to a multiple
 
@@ -92,5 +93,6 @@ NUCLEUS = Family(
     ),
     checkpoints=("NucleusAI/Nucleus-Image",),
     tier="easy",
+    renorm=Renorm(of="tokens"),
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

@@ -107,5 +107,5 @@ PRX = Family(
     ),
     tier="easy",
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
-    needs={"ftfy": "asymlift[prx]"},
+    needs={"ftfy": "asymlift[prompts]"},
 )

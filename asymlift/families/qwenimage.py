@@ -14,6 +14,7 @@ from asymlift.families.autoencoder_frames import decode_latents, encode_latents,
 from asymlift.families.base import Family, Geometry, Text, interpolated_shift
 from asymlift.families.packing import PATCH, grid_of, packed, run_packed
 from asymlift.families.text import at_most, padded_text, words_of
+from asymlift.maths.guidance import Renorm
 
 LENGTH = 1024  # words of the longest prompt
 
@@ -65,5 +66,6 @@ QWENIMAGE = Family(
     ),
     checkpoints=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
     tier="free",
+    renorm=Renorm(of="tokens"),
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

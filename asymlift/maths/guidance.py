@@ -38,7 +38,7 @@ def guide(
 class Renorm:
     """Whose length guidance leaves as the positive branch has it; pipelines differ."""
 
-    of: Literal["tokens", "pictures", "rows"] = "tokens"  # rows: of each channel of the latent map
+    of: Literal["tokens", "pictures", "rows"]  # rows: of each channel of the latent map
     only_shrinks: bool = False  # what guidance has shortened stays short
 
 

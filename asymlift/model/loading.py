@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from asymlift.artifacts.diffusers_folder import (
+    TEXT_NETS,
     DiffusersFolder,
     check_component_name,
     read_json,
@@ -148,6 +149,8 @@ def load_pipeline(
     parts = {k for k, v in index.items() if isinstance(v, list) and len(v) == 2}
     wanted = usual_parts(parts, family) if components is None else components
     settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_")}
+    if family is not None and any(name.startswith(TEXT_NETS) for name in wanted):
+        check_needs(family)  # before anything large is read
     library = family.library if family else None
     pipeline = _pipeline_class(origin, index.get("_class_name"), library)
     loaded = load_pipeline_parts(folder, wanted, library=library, dtype=dtype)
@@ -169,7 +172,6 @@ def embed_prompts(
     family: Family, pipeline: Any, prompts: Sequence[str], length: int | None
 ) -> list[dict[str, Tensor]]:
     """Return the family's embeddings; the chat template that they need came with the model."""
-    check_needs(family)
     try:
         return family.encode_prompt(pipeline, prompts, length)
     except Exception as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asymlift.data.order import generator
 from asymlift.errors import BadData, BadRecipe
-from asymlift.families.base import Family, Geometry, Text
+from asymlift.families.base import Family, Geometry, Text, renorm_rule
 from asymlift.maths.color import ColorCode
 from asymlift.maths.guidance import clamp_denoised, guide, renormalised_guidance
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
@@ -208,24 +208,27 @@ def sample_latents(
     return SOLVERS[settings.solver](velocity, noise, taus, on_step)
 
 
+Predict = Callable[[Tensor, Tensor, Text], Tensor]
+Renormalise = Callable[[Tensor, Tensor], Tensor]  # (positive, negative) -> guided
+
+
 def _renormalisation(
     flow: PixelVelocity | LatentVelocity,
     settings: SampleSettings,
     grid: tuple[int, int],
     A: Tensor | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The family's own renormalisation of guidance; A where tokens are of pixels."""
+) -> Renormalise | None:
+    """The family's own renormalisation of guidance, if it is wanted; A where tokens are pixels."""
+    if not settings.renorm:
+        return None
     return partial(
         renormalised_guidance,
         scale=settings.guidance,
-        renorm=flow.family.renorm,
+        renorm=renorm_rule(flow.family),
         patch=flow.geometry.patch,
         grid=grid,
         A=A,
     )
-
-
-Predict = Callable[[Tensor, Tensor, Text], Tensor]
 
 
 def _guided(
@@ -235,14 +238,14 @@ def _guided(
     text: Text,
     null_text: Text | None,
     settings: SampleSettings,
-    renormalise: Callable[[Tensor, Tensor], Tensor],
+    renormalise: Renormalise | None,
 ) -> Tensor:
     predict, predict_against = both
     u = predict(x_t, sigma, text)
     if settings.guidance != 1:
         assert null_text is not None, "guidance needs the empty prompt"
         u_neg = predict_against(x_t, sigma, null_text)
-        if settings.renorm:
+        if renormalise:
             u = renormalise(u, u_neg)
         else:
             x0_pos = x_t - sigma * u

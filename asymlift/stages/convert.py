@@ -26,7 +26,7 @@ from asymlift.artifacts.files import free_bytes, human_bytes, sha256_file
 from asymlift.artifacts.lifted_weights import LiftedWeights
 from asymlift.artifacts.manifest import check_manifest, digest_json, list_files, read_manifest
 from asymlift.artifacts.staging import StagedFolder, is_shared, staged_folder
-from asymlift.errors import BadData, CannotWrite
+from asymlift.errors import BadData, CannotWrite, Unavailable
 from asymlift.families.base import TRANSFORMER, Family, Geometry
 from asymlift.maths.color import ColorCode
 from asymlift.runtime.log import progress
@@ -430,11 +430,16 @@ def _verify(plan: ConvertPlan, source: Source, folder: Path) -> tuple[Maps, Coup
     )
     if plan.verify == "maps":
         return maps, None
+    if plan.verify == "full":
+        return maps, _coupling(plan, source, folder)
     reason = why_not_coupled(source.base, plan.family, plan.conditioning, source.components)
-    if plan.verify == "auto" and reason:
-        source.notes.append(f"verified only the two maps: {reason}")
-        return maps, None
-    return maps, _coupling(plan, source, folder)
+    try:
+        if reason is None:
+            return maps, _coupling(plan, source, folder)
+    except Unavailable as error:  # a package, or an encoder that the folder comes without
+        reason = str(error)
+    source.notes.append(f"verified only the two maps: {reason}")
+    return maps, None
 
 
 def _coupling(plan: ConvertPlan, source: Source, folder: Path) -> Coupling:

@@ -45,7 +45,7 @@ from asymlift.data.pictures import encode_png, float_to_image, image_to_float
 from asymlift.data.reference_picture import Reference, read_reference
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import family_of_lifted
-from asymlift.families.base import TRANSFORMER, Family, Geometry, Text
+from asymlift.families.base import TRANSFORMER, Family, Geometry, Text, renorm_rule
 from asymlift.families.references import reference_rule
 from asymlift.families.text import without_words
 from asymlift.model.loading import (
@@ -257,6 +257,8 @@ class Sources:
 
     def check(self) -> None:
         """Refuse a size that is no whole number of tokens, and folders of different models."""
+        if self.plan.settings.renorm:
+            renorm_rule(self.family)
         p = self.geometry.pixel_patch
         for name, given in (("height", self.plan.height), ("width", self.plan.width)):
             if given < p or given % p:
@@ -304,12 +306,16 @@ class Sources:
 
     def label(self, weights: Weights) -> str:
         step = f"step {self.checkpoint.step}" if self.checkpoint else ""
-        return {
+        said = {
             "base": "latent base",
             "lifted": "lifted",
             "ema": f"finetuned\n{step}, average",
             "raw": f"finetuned\n{step}",
         }[weights]
+        if self.family.wordless is None or self.plan.settings.guidance == 1:
+            return said
+        prompt = self.against(weights)  # rows of one grid differ in it
+        return f"{said}\nagainst {'no words' if prompt is None else repr(prompt)}"
 
 
 def same(owner: str, recorded: str | None, name: str, found: dict[str, str]) -> None:

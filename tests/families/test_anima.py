@@ -60,10 +60,12 @@ def test_what_makes_films_is_refused_for_that():
 
 
 @torch.no_grad()
-def test_a_prompt_that_is_shorter_than_asked_for_is_as_beside_one_that_is_not():
-    """The conditioner fills up to 512 words by itself, and no prompt of a batch is hidden."""
+def test_a_short_prompt_is_filled_up_only_beside_a_longer_one():
+    """The conditioner fills up to 512 words by itself; the model attends to all of them."""
     pipeline = tiny_pipeline("anima")
-    (alone,) = ANIMA.encode_prompt(pipeline, ["a bee"], 530)
+    samples = ANIMA.encode_prompt(pipeline, ["a bee", "a " * 600], 530)
+    assert [len(sample["encoder_hidden_states"]) for sample in samples] == [512, 530]
+    assert ANIMA.collate(samples[:1])["encoder_hidden_states"].shape == (1, 512, 24)
     block = pipeline.blocks.sub_blocks["text_encoder"]
     read = block.encode_prompt(
         pipeline, ["a bee", "a " * 600], prepare_unconditional_embeds=False, max_sequence_length=530
@@ -74,9 +76,8 @@ def test_a_prompt_that_is_shorter_than_asked_for_is_as_beside_one_that_is_not():
         read["t5_attention_mask"],
         read["qwen_attention_mask"],
     )
-    assert alone["encoder_hidden_states"].shape == (530, 24)
     assert words[0, :3].abs().amax(1).min() > 0.1  # it does say something
-    torch.testing.assert_close(alone["encoder_hidden_states"], words[0])
+    torch.testing.assert_close(ANIMA.collate(samples)["encoder_hidden_states"], words)
 
 
 def test_the_fingerprint_of_its_text_follows_every_part_that_makes_it(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from asymlift.errors import BadRecipe
 from asymlift.families import FAMILIES
+from asymlift.families.base import renorm_rule
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
 from asymlift.model.pixel_flow import LatentFlow
 from asymlift.model.sampling import SampleSettings, sample_latents
@@ -26,6 +28,12 @@ PIPELINES: dict[str, dict[str, Any]] = {
     "qwenimage": {"true_cfg_scale": 4.0},
     "zimage": {"guidance_scale": 3.0, "cfg_normalization": 1.0},
 }
+
+
+def test_a_family_keeps_lengths_if_its_pipeline_does_and_says_so_otherwise():
+    assert {name for name, family in FAMILIES.items() if family.renorm} == PIPELINES.keys()
+    with pytest.raises(BadRecipe, match="guidance of Flux2KleinPipeline keeps no lengths"):
+        renorm_rule(FAMILIES["flux2"])
 
 
 @pytest.mark.parametrize("name", PIPELINES)

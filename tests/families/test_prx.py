@@ -1,6 +1,7 @@
 """What is peculiar to PRX: two VAEs, sizes that it is told, how its files are written, and ftfy."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,6 @@ from asymlift.errors import BadData, Unavailable
 from asymlift.families import FAMILIES
 from asymlift.families.base import Geometry
 from asymlift.model.loading import (
-    embed_prompts,
     load_pipeline,
     load_pipeline_parts,
     load_transformer,
@@ -263,13 +263,17 @@ def without_ftfy(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
 
 
-def test_prompts_without_ftfy_say_how_to_get_it(without_ftfy):
+def test_prompts_without_ftfy_say_how_to_get_it(without_ftfy, tmp_path):
+    """Before an encoder is read; the VAE alone can be had."""
+    folder = write_pipeline(tmp_path / "model", "prx")
+    load_pipeline(folder, {"vae"}, family=FAMILY)
+    shutil.rmtree(folder / "text_encoder")
     with pytest.raises(Unavailable) as refused:
-        embed_prompts(FAMILY, tiny_pipeline("prx"), ["a bee"], 12)
+        load_pipeline(folder, family=FAMILY)
     assert refused.value.exit == 69
     said = str(refused.value)
     assert said.startswith("prx: no prompt can be embedded without ftfy, which cannot be imported")
-    assert said.endswith("pip install 'asymlift[prx]'")
+    assert said.endswith("pip install 'asymlift[prompts]'")
 
 
 def test_doctor_misses_ftfy_where_a_recipe_is_for_prx(tmp_path, without_ftfy):
@@ -277,4 +281,4 @@ def test_doctor_misses_ftfy_where_a_recipe_is_for_prx(tmp_path, without_ftfy):
     recipe = check_recipe(recipe_values(tmp_path) | {"model": {"base": str(base)}}, "recipe")
     found, missing = guarded("base model", lambda: base_model(recipe))
     assert (found.status, missing.status) == ("ok", "fail")
-    assert missing.found.endswith("pip install 'asymlift[prx]'")
+    assert missing.found.endswith("pip install 'asymlift[prompts]'")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -639,3 +640,14 @@ def test_the_full_check_needs_encoders_or_conditioning(real_base, tmp_path):
     late = convert(given)  # already there: checked now, not converted again
     assert late.already_done
     assert late.coupling.error <= COUPLING_TOLERANCE
+
+
+def test_a_package_that_prompts_need_costs_the_full_check_alone(real_base, tmp_path, monkeypatch):
+    """And not the whole conversion, when everything has been written."""
+    plan = real_plan(tmp_path, "prx", real_base("prx"))
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(Unavailable, match="prx: no prompt can be embedded without ftfy"):
+        convert(plan)
+    auto = convert(dataclasses.replace(plan, verify="auto"))
+    assert auto.coupling is None
+    assert any("verified only the two maps: prx: no prompt can be" in note for note in auto.notes)

@@ -165,3 +165,12 @@ def test_another_second_network_than_the_one_that_was_lifted_is_refused(plan, tm
     save_file(weights, folder / SECOND / WEIGHTS)
     with pytest.raises(BadData, match=f"lifted from another base {SECOND} than the one given"):
         drawn(plan, base=folder)
+
+
+def test_rows_of_a_grid_say_what_they_were_guided_against(plan):
+    labels = [Sources(plan).label(weights) for weights in plan.weights]
+    assert [label.rpartition("\n")[2] for label in labels] == ["against no words"] * 2 + [
+        "against ''"
+    ]
+    unguided = dataclasses.replace(plan, settings=dataclasses.replace(PLAIN, guidance=1.0))
+    assert Sources(unguided).label("base") == "latent base"

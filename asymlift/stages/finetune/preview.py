@@ -23,7 +23,7 @@ from asymlift.artifacts.manifest import canonical_json, digest_json
 from asymlift.artifacts.parsing import read_small
 from asymlift.data.pictures import decode_image, encode_png, float_to_image, image_to_float
 from asymlift.errors import BadRecipe, CannotWrite, Exit, UserError
-from asymlift.families.base import Family, Text
+from asymlift.families.base import Family, Text, renorm_rule
 from asymlift.families.text import text_to
 from asymlift.model.evaluating import evaluating
 from asymlift.model.loading import load_pipeline_parts, load_transformer
@@ -78,6 +78,8 @@ def canvas_of(recipe: Recipe, lifted: Lifted, family: Family) -> Canvas:
     """Size, noise and noise levels of the previews, as `sample` would have them."""
     use, drawn = recipe.finetune.preview, recipe.sample
     assert use is not None
+    if drawn.renorm:
+        renorm_rule(family)
     patch = lifted.geometry.pixel_patch
     for key, side in (("height", drawn.height), ("width", drawn.width)):
         if side % patch:
