@@ -14,7 +14,7 @@ from asymlift.families.base import Family, Geometry, Text
 from asymlift.families.references import reference_rule, references_of, with_references
 from asymlift.maths.asymmetric import calibrate, clean_input, recover_velocity
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
-from asymlift.model.loading import float32_maps
+from asymlift.model.float32_maps import float32_maps
 
 Grid = tuple[int, int]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 from torch.testing import assert_close
 
 from asymlift.artifacts.diffusers_folder import DiffusersFolder
@@ -18,8 +17,6 @@ from asymlift.errors import BadData, Unavailable
 from asymlift.families import FAMILIES
 from asymlift.model import loading
 from asymlift.model.loading import (
-    _Float32Conv2d,
-    _map_patches,
     embed_prompts,
     keep_float32,
     load_pipeline,
@@ -515,52 +512,3 @@ def test_a_pickled_component_is_refused(whole, tmp_path, suffix):
     path = path.rename(path.with_suffix(suffix))
     with pytest.raises(BadData, match=rf"{path.name}: a pickle"):
         load_pipeline_parts(copy, ["vae"])
-
-
-# -- the first map of a model that reads patches by a convolution
-
-
-@pytest.mark.parametrize("size", [(4, 6), (5, 7), (7, 4)])
-@pytest.mark.parametrize("kernel", [(2, 2), (1, 1), (2, 3)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_linear_map_of_patches_is_their_convolution(dtype, kernel, size):
-    """Of odd sizes too, where the last row and column belong to no patch."""
-    x = torch.randn(2, 3, *size, dtype=dtype, requires_grad=True)
-    weight = torch.randn(8, 3, *kernel, dtype=dtype, requires_grad=True)
-    for bias in (torch.randn(8, dtype=dtype), None):
-        ours = _map_patches(x, weight, bias)
-        theirs = functional.conv2d(x, weight, bias, stride=kernel)
-        assert_close(ours, theirs)
-        go = torch.randn_like(ours)
-        assert_close(
-            torch.autograd.grad(ours, (x, weight), go), torch.autograd.grad(theirs, (x, weight), go)
-        )
-
-
-@pytest.mark.parametrize(
-    ("options", "by_convolution"),
-    [
-        ({"stride": 2}, []),
-        ({"stride": 1}, [False]),
-        ({"stride": 2, "padding": 1}, [False]),
-        ({"stride": 2, "dilation": 2}, [False]),
-        ({"stride": 2, "groups": 2}, [False]),
-    ],
-)
-def test_a_float32_convolution_never_uses_tensorfloat32(options, by_convolution, monkeypatch):
-    """cuDNN would by default; matrix products do not. Each cuDNN call notes whether it may."""
-    conv = torch.nn.Conv2d(4, 8, 2, **options)
-    x = torch.randn(2, 4, 7, 6)
-    wanted = conv(x)
-    conv.__class__, allowed = _Float32Conv2d, []
-    real = torch.nn.Conv2d._conv_forward
-
-    def spy(*args):
-        allowed.append(torch.backends.cudnn.allow_tf32)
-        return real(*args)
-
-    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", spy)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_close(conv(x), wanted)
-    assert allowed == by_convolution
-    assert torch.backends.cudnn.enabled and torch.backends.cudnn.allow_tf32

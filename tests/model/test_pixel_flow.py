@@ -13,7 +13,7 @@ from asymlift.families.base import matching_modules, trained_in_full
 from asymlift.maths.asymmetric import project
 from asymlift.maths.schedule import sigma_from_tau
 from asymlift.model.checkpointing import checkpoint_blocks
-from asymlift.model.loading import float32_maps
+from asymlift.model.float32_maps import float32_maps
 from tests.tiny import KINDS, Pair, lifted_pair, tiny_text, tiny_transformer
 
 SIGMA = torch.tensor([0.1, 0.9])
@@ -115,7 +115,7 @@ def test_float32_maps_change_two_modules_and_no_name(name):
     changed = float32_maps(float32_maps(net, family), family)  # again: nothing more happens
     assert changed is net
     assert list(net.state_dict()) == names and type(net) is stock
-    odd = [p for p, m in net.named_modules() if "loading" in type(m).__module__]
+    odd = [p for p, m in net.named_modules() if "float32_maps" in type(m).__module__]
     assert set(odd) == {*family.first_maps, family.last}
     assert all(isinstance(net.get_submodule(p), nn.Linear | nn.Conv2d) for p in odd)
     fresh = tiny_transformer(name)  # the stock class itself is as it was
@@ -129,7 +129,7 @@ def test_float32_maps_reach_a_wrapped_module():
     net = tiny_transformer("flux2")
     net.proj_out = nn.Sequential(nn.Linear(32, 16), nn.Identity())
     float32_maps(net, family)
-    assert "loading" in type(net.proj_out[0]).__module__
+    assert "float32_maps" in type(net.proj_out[0]).__module__
 
 
 @pytest.mark.parametrize("name", KINDS)
