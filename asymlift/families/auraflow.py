@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asymlift.errors import BadData
 from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
-from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift, run_map
 from asymlift.families.text import encode_words, stack_text, words_of
 
 LENGTH = 256  # words that the pipeline pads a prompt to
@@ -26,8 +26,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
             f"auraflow: the picture is {side // net.config.patch_size} tokens long, "
             f"but this model knows positions up to {most}; use smaller pictures"
         )
-    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
-    return out
+    return run_map(net, latent, time, text)
 
 
 AURAFLOW = Family(

@@ -200,6 +200,12 @@ def own_patches(
     return geometry
 
 
+def run_map(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
+    """`run` of a class that reads the map as it is, (B, C, h q, w q), and text by its names."""
+    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
+    return out
+
+
 def check_channels(geometry: Geometry, channels: int) -> Geometry:
     """Return the geometry if a transformer with so many channels belongs to this VAE."""
     if channels not in (geometry.channels, geometry.pixel_channels):

@@ -14,7 +14,7 @@ from torch import Tensor
 from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, setting
 from asymlift.families.packing import PATCH, grid_ids, packed, run_packed
-from asymlift.families.text import at_most, padded_text, stacked
+from asymlift.families.text import at_most, padded_text, stacked, without_padding
 
 LENGTH = 512  # words of the longest prompt
 MANY_TOKENS = 6400  # of a picture that is shifted most, unless the scheduler says
@@ -39,9 +39,7 @@ def encode_prompt(
 ) -> list[dict[str, Tensor]]:
     """Embed each prompt, (L, K, width), without the padding in its midst, so L differs."""
     layers, mask = pipeline.encode_prompt(prompt=list(prompts), **at_most(max_length))
-    return [
-        {"encoder_hidden_states": one[written]} for one, written in zip(layers, mask, strict=True)
-    ]
+    return without_padding("encoder_hidden_states", layers, mask)
 
 
 def text_shapes(config: Config, length: int | None) -> dict[str, tuple[int, ...]]:

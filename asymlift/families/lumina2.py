@@ -14,7 +14,15 @@ from torch import Tensor
 
 from asymlift.errors import BadData
 from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
-from asymlift.families.base import Config, Family, Geometry, Text, interpolated_shift, own_patches
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    Text,
+    interpolated_shift,
+    own_patches,
+    run_map,
+)
 from asymlift.families.text import at_most, padded_text, stacked, words_of
 from asymlift.maths.guidance import Renorm
 
@@ -38,8 +46,7 @@ def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
                 f"lumina2: position {last} of {kind} is asked for, but this model knows {most} "
                 "of them; use smaller pictures, or a smaller model.text_length"
             )
-    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
-    return out
+    return run_map(net, latent, time, text)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
 from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
-from asymlift.families.text import padded_text, stacked, tokenizer_length, words_of
+from asymlift.families.text import padded_text, stacked, tokenizer_length, without_padding, words_of
 
 LENGTH, MULTIPLE = 256, 8  # words of the longest prompt; the pipeline pads to a multiple
 WORDS = "encoder_hidden_states"
@@ -66,7 +66,7 @@ def encode_prompt(
         words, mask, *_ = pipeline.encode_prompt(
             prompt=list(prompts), do_classifier_free_guidance=False
         )
-    return [{WORDS: one[written.bool()][:length]} for one, written in zip(words, mask, strict=True)]
+    return without_padding(WORDS, words, mask, length)
 
 
 LUMINA_NEXT = Family(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from asymlift.families.autoencoder_frames import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import Family, Geometry, Text, interpolated_shift
 from asymlift.families.packing import PATCH, grid_of, packed, run_packed
-from asymlift.families.text import padded_text, words_of
+from asymlift.families.text import padded_text, without_padding, words_of
 from asymlift.maths.guidance import Renorm
 
 LENGTH, MULTIPLE = 1024, 8  # words of the longest prompt; the pipeline pads to a multiple
@@ -59,10 +59,7 @@ def encode_prompt(
         prompt=list(prompts), max_sequence_length=MULTIPLE * math.ceil(length / MULTIPLE)
     )
     mask = words.new_ones(words.shape[:2]) if mask is None else mask
-    return [
-        {"encoder_hidden_states": one[written.bool()][:length]}
-        for one, written in zip(words, mask, strict=True)
-    ]
+    return without_padding("encoder_hidden_states", words, mask, length)
 
 
 NUCLEUS = Family(

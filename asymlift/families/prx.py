@@ -14,8 +14,8 @@ from torch import Tensor
 
 from asymlift.errors import BadData
 from asymlift.families import autoencoder_dc, autoencoder_kl
-from asymlift.families.base import Config, Family, Geometry, Text, own_patches, plain_shift
-from asymlift.families.text import padded_text, words_of
+from asymlift.families.base import Config, Family, Geometry, own_patches, plain_shift, run_map
+from asymlift.families.text import padded_text, without_padding, words_of
 
 LENGTH = 256  # words of the longest prompt, as the published tokenizer has it
 
@@ -34,12 +34,6 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
         )
     kind = autoencoder_dc if _is_dc(vae) else autoencoder_kl
     return own_patches(kind.vae_sizes)(transformer, vae)
-
-
-def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
-    return out
 
 
 def encode_latents(vae: Any, image: Tensor) -> Tensor:
@@ -64,9 +58,7 @@ def encode_prompt(
     words, masks, _, _ = pipeline.encode_prompt(
         prompt=list(prompts), do_classifier_free_guidance=False, tokenizer_max_length=max_length
     )
-    return [
-        {"encoder_hidden_states": one[mask].clone()} for one, mask in zip(words, masks, strict=True)
-    ]
+    return without_padding("encoder_hidden_states", words, masks)
 
 
 PRX = Family(
@@ -82,7 +74,7 @@ PRX = Family(
     geometry=geometry,
     channels=lambda c: {"in_channels": c},
     time=lambda tau, num_tokens: tau,
-    run=run,
+    run=run_map,
     encode_latents=encode_latents,
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asymlift.errors import BadData
 from asymlift.families.autoencoder_dc import decode_latents, encode_latents, vae_sizes
-from asymlift.families.base import Config, Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.base import Config, Family, Geometry, own_patches, plain_shift, run_map
 from asymlift.families.text import at_most, padded_text, words_of
 
 LENGTH = 300  # words of the longest prompt
@@ -25,12 +25,6 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
     if transformer.get("guidance_embeds", False):
         raise BadData("sana: this is SANA-Sprint, whose time is an angle; take SANA or SANA 1.5")
     return own_patches(vae_sizes)(transformer, vae)
-
-
-def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
-    return out
 
 
 @torch.no_grad()
@@ -76,7 +70,7 @@ SANA = Family(
     geometry=geometry,
     channels=lambda c: {"in_channels": c, "out_channels": c},
     time=lambda tau, num_tokens: 1000 * tau,
-    run=run,
+    run=run_map,
     encode_latents=encode_latents,
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,

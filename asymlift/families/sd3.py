@@ -11,16 +11,17 @@ from torch import Tensor
 
 from asymlift.errors import Unavailable
 from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
-from asymlift.families.base import Family, Geometry, Text, interpolated_shift, own_patches, setting
+from asymlift.families.base import (
+    Family,
+    Geometry,
+    interpolated_shift,
+    own_patches,
+    run_map,
+    setting,
+)
 from asymlift.families.text import apart, at_most, stack_text
 
 CLIP_LENGTH, T5_LENGTH = 77, 256  # words that the pipeline pads a prompt to
-
-
-def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    out: Tensor = net(hidden_states=latent, timestep=time, return_dict=False, **text)[0]
-    return out
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ SD3 = Family(
     geometry=own_patches(vae_sizes),
     channels=lambda c: {"in_channels": c, "out_channels": c},
     time=lambda tau, num_tokens: 1000 * tau,
-    run=run,
+    run=run_map,
     encode_latents=encode_latents,
     decode_latents=decode_latents,
     encode_prompt=encode_prompt,

@@ -103,6 +103,18 @@ def apart(**columns: Tensor) -> list[dict[str, Tensor]]:
     return [{key: row.clone() for key, row in zip(columns, one, strict=True)} for one in rows]
 
 
+def without_padding(
+    key: str, words: Tensor, written: Tensor, most: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Return one dict for each prompt, (L, ...): where words are written, and of these the first.
+
+    words are (B, longest, ...), written a mask (B, longest).
+    """
+    return [
+        {key: one[mask.bool()][:most].clone()} for one, mask in zip(words, written, strict=True)
+    ]
+
+
 @torch.no_grad()
 def encode_words(
     pipeline: Any, prompts: Sequence[str], max_length: int | None = None
