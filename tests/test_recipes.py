@@ -10,6 +10,8 @@ from asymlift.model.trainable import path_of
 from asymlift.recipe import load_recipe
 from asymlift.stages.demo import recipe_file
 from asymlift.stages.locate import base_folder, family_of
+from asymlift.stages.open_data import fit_of
+from asymlift.stages.sizes import Sizes
 from tests.families.case import case_of, published_net
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -49,6 +51,9 @@ def test_a_recipe_fits_the_checkpoint_that_it_names(path):
         assert path_of(role, family, net)
     assert recipe.sample.height % sizes.pixel_patch == recipe.sample.width % sizes.pixel_patch == 0
     assert all(side % sizes.pixel_patch == 0 for side in recipe.data.resize.sides)
+    drawn = Sizes(family, sizes, net.config, path)
+    drawn.check_resize(fit_of(recipe.data.resize, sizes.pixel_patch))
+    drawn.check_drawn(recipe.sample.height, recipe.sample.width)
 
 
 def test_the_published_constants_are_the_defaults():

@@ -10,22 +10,35 @@ from typing import Any
 
 from torch import Tensor
 
-from asymlift.errors import BadData
 from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
-from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift, run_map
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    Grid,
+    Text,
+    check_grid,
+    own_patches,
+    plain_shift,
+    run_map,
+    setting,
+)
 from asymlift.families.text import encode_words, stack_text, words_of
 
 LENGTH = 256  # words that the pipeline pads a prompt to
 
 
+def why_not_grid(config: Config, grid: Grid) -> str | None:
+    """Tell what the class does not: beyond its table it would read other positions."""
+    most = math.isqrt(setting(config, "pos_embed_max_size"))
+    return f"this model knows {most} positions along a side" if max(grid) > most else None
+
+
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    side, most = max(latent.shape[-2:]), math.isqrt(net.config.pos_embed_max_size)
-    if side > most * net.config.patch_size:  # the class would read other positions, and not say so
-        raise BadData(
-            f"auraflow: the picture is {side // net.config.patch_size} tokens long, "
-            f"but this model knows positions up to {most}; use smaller pictures"
-        )
+    q = net.config.patch_size
+    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    check_grid("auraflow", grid, why_not_grid(net.config, grid))
     return run_map(net, latent, time, text)
 
 
@@ -58,5 +71,6 @@ AURAFLOW = Family(
     ),
     checkpoints=("fal/AuraFlow", "fal/AuraFlow-v0.2", "fal/AuraFlow-v0.3"),
     tier="free",
+    why_not_grid=why_not_grid,
     sizes=Geometry(vae_factor=8, channels=4, patch=2),
 )

@@ -21,6 +21,7 @@ from asymlift.maths.patches import Order
 Config = Mapping[str, Any]
 # Whatever `run` is told of each sample: embeddings, masks, pictures to go by (references.py).
 Text = dict[str, Tensor | list[Tensor]]
+Grid = tuple[int, int]  # rows and columns of tokens
 TRANSFORMER = "transformer"  # what every pipeline calls the network that draws
 
 # What the tests show of every family on every commit, on tiny models of the real classes.
@@ -129,7 +130,8 @@ class Family:
     library: str | None = None  # one's own package, whose classes a checkpoint may name too
     sizes: Geometry | None = None  # of the published checkpoints, or most of them
     unproven: Mapping[str, str] = field(default_factory=dict)  # which of PROOFS is not, and why
-    only_squares: bool = False  # it draws pictures as high as wide
+    # (transformer config, rows and columns of tokens) -> why it cannot draw such a picture, or None
+    why_not_grid: Callable[[Config, Grid], str | None] = lambda config, grid: None
     prompts: tuple[str, ...] = ("", "a red lighthouse")  # that any checkpoint can embed
     idle: tuple[str, ...] = ()  # parts of a folder that neither pictures nor prompts need
     own_scheduler: Config | None = None  # of one that its pipeline makes, where a folder has none
@@ -183,6 +185,12 @@ def setting(config: Config, key: str) -> Any:
     if key not in config:
         raise BadData(f"the {config.get('_class_name', 'model')} config has no `{key}`")
     return config[key]
+
+
+def check_grid(name: str, grid: Grid, reason: str | None) -> None:
+    """Refuse, in `run` of this family, a picture that it has a reason not to draw."""
+    if reason is not None:
+        raise BadData(f"{name}: cannot draw a picture of {grid[0]} x {grid[1]} tokens, as {reason}")
 
 
 def own_patches(

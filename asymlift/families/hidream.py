@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.errors import BadData, Unavailable
+from asymlift.errors import Unavailable
 from asymlift.families.autoencoder_kl import decode_latents, encode_latents, vae_sizes
 from asymlift.families.base import (
     Config,
     Family,
     Geometry,
+    Grid,
     Text,
+    check_grid,
     interpolated_shift,
     own_patches,
     setting,
@@ -30,14 +32,20 @@ LENGTH = 128  # words that the pipeline pads a prompt to
 T5, LLAMA, SUMMARY = "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"
 
 
+def why_not_grid(config: Config, grid: Grid) -> str | None:
+    """Tell whether an oblong picture has more tokens than it would be filled up to."""
+    height, width = setting(config, "max_resolution")  # in latent cells
+    most = height * width // setting(config, "patch_size") ** 2
+    if grid[0] == grid[1] or grid[0] * grid[1] <= most:
+        return None
+    return f"this model knows {most} tokens of one that is no square"
+
+
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    h, w = (side // net.config.patch_size for side in latent.shape[-2:])
-    if h != w and h * w > net.max_seq:
-        raise BadData(
-            f"hidream: a picture of {h} x {w} tokens is too large, as this model knows "
-            f"{net.max_seq} of one that is no square; use smaller pictures"
-        )
+    q = net.config.patch_size
+    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    check_grid("hidream", grid, why_not_grid(net.config, grid))
     layers = stacked(text, LLAMA)
     with _answering_pictures(net):
         out: Tensor = net(
@@ -120,5 +128,6 @@ HIDREAM = Family(
     checkpoints=("HiDream-ai/HiDream-I1-Full",),
     tier="easy",
     heavy_text="thirty-two layers of Llama, 35 MB for 128 words",
+    why_not_grid=why_not_grid,
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

@@ -18,10 +18,13 @@ from asymlift.families.base import (
     Config,
     Family,
     Geometry,
+    Grid,
     Text,
+    check_grid,
     interpolated_shift,
     own_patches,
     run_map,
+    setting,
 )
 from asymlift.families.text import at_most, padded_text, stacked, words_of
 from asymlift.maths.guidance import Renorm
@@ -30,22 +33,24 @@ CHANNELS = 16  # of published latents: the pipeline's shift counts them instead 
 LENGTH = 256  # words of the longest prompt
 
 
+def why_not_grid(config: Config, grid: Grid) -> str | None:
+    """Tell what has no place in the tables: on a GPU the class would end the process."""
+    _, rows, columns = setting(config, "axes_lens")
+    if grid[0] <= rows and grid[1] <= columns:
+        return None
+    return f"this model knows {rows} rows and {columns} columns"
+
+
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
-    words = stacked(text, "encoder_hidden_states")
-    h, w = (side // net.config.patch_size for side in latent.shape[-2:])
-    # the picture stands right behind the words
-    for kind, last, most in zip(
-        ("words", "rows", "columns"),
-        (words.shape[1], h - 1, w - 1),
-        net.config.axes_lens,
-        strict=True,
-    ):
-        if last >= most:  # on a GPU the class would end the process
-            raise BadData(
-                f"lumina2: position {last} of {kind} is asked for, but this model knows {most} "
-                "of them; use smaller pictures, or a smaller model.text_length"
-            )
+    q, words = net.config.patch_size, stacked(text, "encoder_hidden_states").shape[1]
+    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    check_grid("lumina2", grid, why_not_grid(net.config, grid))
+    if words >= (most := net.config.axes_lens[0]):  # the picture stands right behind them
+        raise BadData(
+            f"lumina2: a prompt of {words} words is too long, as this model knows {most} "
+            "positions, of which a picture takes one; use a smaller model.text_length"
+        )
     return run_map(net, latent, time, text)
 
 
@@ -107,5 +112,6 @@ LUMINA2 = Family(
     tier="free",
     renorm=Renorm(of="rows"),
     last_reads=picture_behind_words,
+    why_not_grid=why_not_grid,
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

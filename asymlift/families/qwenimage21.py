@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asymlift.errors import BadData
 from asymlift.families import autoencoder_frames
 from asymlift.families.autoencoder_frames import vae_sizes
-from asymlift.families.base import Family, Geometry, Text, interpolated_shift, picture_last
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    Grid,
+    Text,
+    check_grid,
+    interpolated_shift,
+    picture_last,
+)
 from asymlift.families.packing import packed
 from asymlift.families.text import ragged_text, words_of
 from asymlift.maths.patches import image_to_tokens, tokens_to_image
@@ -25,14 +33,17 @@ PATCH, SLOT = 1, 4  # cells of a token, along one side; tokens of a slot
 LENGTH = 1024  # words of the longest prompt, ours
 
 
+def why_not_grid(config: Config, grid: Grid) -> str | None:
+    """Tell whether tokens are left over. Two even sides, multiples of 32 pixels, always fit."""
+    if grid[0] * grid[1] % SLOT == 0:
+        return None
+    return f"they cannot be cut into slots of {SLOT}"
+
+
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass per sample. latent (B, C, h, w), time (B,) -> raw output, same shape."""
     h, w = latent.shape[-2:]
-    if h * w % SLOT:
-        raise BadData(
-            f"qwenimage21: a picture of {h} x {w} tokens cannot be cut into slots of {SLOT}; "
-            "use pictures whose sides are multiples of 32 pixels"
-        )
+    check_grid("qwenimage21", (h, w), why_not_grid(net.config, (h, w)))
     out = []
     for tokens, words, t in zip(
         image_to_tokens(latent, PATCH), text["encoder_hidden_states"], time, strict=True
@@ -102,5 +113,6 @@ QWENIMAGE21 = Family(
     checkpoints=("Qwen/Qwen-Image-2.1",),
     tier="easy",
     last_reads=picture_last,
+    why_not_grid=why_not_grid,
     sizes=Geometry(vae_factor=16, channels=64, patch=1),
 )

@@ -16,20 +16,31 @@ from torch import Tensor
 
 from asymlift.errors import BadData
 from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
-from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.base import (
+    Config,
+    Family,
+    Geometry,
+    Grid,
+    Text,
+    check_grid,
+    own_patches,
+    plain_shift,
+)
 from asymlift.families.text import stack_text, stacked
 
 NO_CLASS = -1  # the empty prompt; the class has a number for it, one after its last
 
 
+def why_not_grid(config: Config, grid: Grid) -> str | None:
+    """Tell what is no square: the class would fold its tokens into another picture."""
+    return None if grid[0] == grid[1] else "its class draws squares only"
+
+
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, h q), time (B,) -> raw output, same shape."""
-    height, width = latent.shape[-2:]
-    if height != width:  # the class would fold the tokens into another picture
-        raise BadData(
-            f"sit: a latent of {height} x {width}, but this class draws squares only; "
-            "use pictures as high as wide"
-        )
+    q = net.config.patch_size
+    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    check_grid("sit", grid, why_not_grid(net.config, grid))
     labels = stacked(text, "class_labels")
     for block in net.transformer_blocks:  # each would drop labels by itself while training
         block.norm1.emb.class_embedder.eval()
@@ -98,7 +109,7 @@ SIT = Family(
     checkpoints=(),  # its authors' are no diffusers folders, others' are of classes of their own
     tier="easy",
     has_text_encoder=False,
-    only_squares=True,
+    why_not_grid=why_not_grid,
     prompts=("", "0"),
     sizes=Geometry(vae_factor=8, channels=4, patch=2),
     unproven={

@@ -62,6 +62,7 @@ from asymlift.model.trained_weights import apply_trained
 from asymlift.runtime import dist, log
 from asymlift.stages.locate import base_shift_of, family_in, geometry_of
 from asymlift.stages.sample_folder import GRID, Picture, SampleFolder, Weights, read_index
+from asymlift.stages.sizes import Sizes
 
 TRAINED = {"ema": EMA, "raw": TRAINABLE}  # weights -> their file in a checkpoint
 BARRIER_SECONDS = 3600  # ranks finish apart by one batch, not more
@@ -256,7 +257,7 @@ class Sources:
         return found
 
     def check(self) -> None:
-        """Refuse a size that is no whole number of tokens, and folders of different models."""
+        """Refuse sizes that the model cannot draw, and folders of different models."""
         if self.plan.settings.renorm:
             renorm_rule(self.family)
         p = self.geometry.pixel_patch
@@ -267,6 +268,8 @@ class Sources:
                     f"{name} {given}: this model's patches are {p} pixels wide, so sizes are "
                     f"multiples of {p}; the nearest is {nearest}"
                 )
+        sizes = Sizes.of(self.pipeline, self.family, self.geometry)
+        sizes.check_drawn(self.plan.height, self.plan.width)
         if self.lifted:
             made = f"{self.plan.lifted}: lifted from"
             origin = self.lifted.fingerprints

@@ -166,7 +166,8 @@ def check_coupling(
     )
     text = text_to(conditioning() if conditioning else _encode(base, family, text_length), device)
     A, g = A.to(device), torch.Generator().manual_seed(0)
-    grid = (GRID[0], GRID[0]) if family.only_squares else GRID
+    refused = family.why_not_grid(base.config(TRANSFORMER), GRID)
+    grid = GRID if refused is None else (GRID[0], GRID[0])
     noise = torch.randn(BATCH, math.prod(grid), geometry.D, generator=g).to(device)
     # Rounded to float32 first: both networks are told the same time, to the last bit.
     sigma = sigma_from_tau(sigma_grid(STEPS, 1.0, device=device), s).float()

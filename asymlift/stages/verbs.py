@@ -10,11 +10,13 @@ from typing import Any, Literal, get_args
 
 from asymlift.artifacts.checkpoint import newest_whole, step_folder
 from asymlift.artifacts.files import human_bytes, plural
+from asymlift.artifacts.lifted_folder import read_lifted
 from asymlift.data.buckets import buckets
 from asymlift.data.catalog import expand
 from asymlift.data.reference_picture import digest, reference_bytes
 from asymlift.data.stream import expand_urls
 from asymlift.errors import BadData, BadRecipe, StoppedEarly, Unavailable
+from asymlift.families import family_of_lifted
 from asymlift.maths.color import ColorCode
 from asymlift.recipe import Patterns, Recipe
 from asymlift.report.basis_report import BasisReport
@@ -22,6 +24,7 @@ from asymlift.report.prepare_report import PrepareReport
 from asymlift.runtime import dist, log
 from asymlift.runtime.signals import stop_requests
 from asymlift.stages.convert import ConvertPlan, ConvertReport, convert
+from asymlift.stages.finetune.data import may_keep_sizes, sizes_of_lifted
 from asymlift.stages.finetune.preview import read_prompts
 from asymlift.stages.finetune.preview import settings_of as sampling_settings
 from asymlift.stages.finetune.resume import chosen_checkpoint
@@ -39,7 +42,7 @@ from asymlift.stages.locate import (
 )
 from asymlift.stages.open_data import fit_of
 from asymlift.stages.prepare.finish import PAGE, REJECTED
-from asymlift.stages.prepare.job import Estimate, Job, settings_of
+from asymlift.stages.prepare.job import Estimate, Job, check_sizes, settings_of
 from asymlift.stages.prepare.run import Share, prepare
 from asymlift.stages.prepare.work import find_work
 from asymlift.stages.provenance import record
@@ -114,6 +117,7 @@ def check_prepare(recipe: Recipe) -> dict[str, Any]:
     settings, base = settings_of(recipe), base_folder(recipe)
     family, geometry = family_of(recipe, base)
     work, fit = find_work(recipe, look_only=True), fit_of(recipe.data.resize, geometry.pixel_patch)
+    check_sizes(recipe, base, family, geometry, work)
     sizes = [size for side in buckets(fit).values() for size in side]
     return {
         "base": str(base),
@@ -257,9 +261,13 @@ def check_finetune(recipe: Recipe, resume: str = AUTO) -> dict[str, Any]:
     if recipe.finetune.preview is not None:
         read_prompts(recipe.finetune.preview.prompts, "finetune.preview.prompts")
     held_out = recipe.data.validation if recipe.finetune.validation is not None else None
+    lifted = read_lifted(needed(lifted_path(recipe), "convert"))
+    sizes_of_lifted(lifted, family_of_lifted(lifted.family, named_family(recipe))).check_recipe(
+        recipe, stored=may_keep_sizes(recipe.data)
+    )
     found = chosen_checkpoint(checkpoints_path(recipe), resume)
     return {
-        "lifted": str(needed(lifted_path(recipe), "convert")),
+        "lifted": str(lifted.folder),
         **(about_stream(recipe) if recipe.data.mode == "stream" else about_data(recipe)),
         **({"held out": num_sources(held_out)} if held_out else {}),
         "ranks": ranks.world,

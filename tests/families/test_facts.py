@@ -184,7 +184,7 @@ def test_auraflow_refuses_more_positions_than_it_learned():
     family, net = FAMILIES["auraflow"], tiny_transformer("auraflow")  # 8 x 8 positions
     text, time = tiny_text("auraflow", 1), torch.ones(1)
     family.run(net, torch.zeros(1, 4, 16, 4), time, text)
-    with pytest.raises(BadData, match="is 9 tokens long, but this model knows positions up to 8"):
+    with pytest.raises(BadData, match="of 2 x 9 tokens, as this model knows 8 positions along"):
         family.run(net, torch.zeros(1, 4, 4, 18), time, text)
 
 
@@ -246,7 +246,7 @@ def test_its_prompts_can_be_embedded_and_the_shape_of_its_pictures_is_stated(nam
     """`convert` checks the whole model with both."""
     family, case = FAMILIES[name], case_of(name)
     assert len(family.encode_prompt(tiny_pipeline(name), family.prompts, case.length)) == 2
-    assert family.only_squares == (case.grid[0] == case.grid[1])
+    assert family.why_not_grid(tiny_transformer(name).config, case.grid) is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)

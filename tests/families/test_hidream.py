@@ -30,7 +30,7 @@ def test_larger_pictures_than_it_knows_are_refused(size, fits):
     if fits:
         assert FAMILY.run(net, image, time, text).shape == image.shape
         return
-    with pytest.raises(BadData, match=r"of 4 x 8 tokens is too large, as this model knows 30 of"):
+    with pytest.raises(BadData, match=r"of 4 x 8 tokens, as this model knows 30 tokens of one"):
         FAMILY.run(net, image, time, text)
 
 

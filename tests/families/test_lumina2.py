@@ -14,9 +14,9 @@ LUMINA2 = FAMILIES["lumina2"]
 @pytest.mark.parametrize(
     ("known", "size", "message"),
     [
-        ((7, 4, 4), (4, 4), "position 7 of words is asked for, but this model knows 7 of them"),
-        ((8, 1, 4), (4, 4), "position 1 of rows"),
-        ((8, 4, 2), (4, 6), "position 2 of columns"),
+        ((7, 4, 4), (4, 4), "a prompt of 7 words is too long, as this model knows 7 positions"),
+        ((8, 1, 4), (4, 4), "2 x 2 tokens, as this model knows 1 rows and 4 columns"),
+        ((8, 4, 2), (4, 6), "2 x 3 tokens, as this model knows 4 rows and 2 columns"),
     ],
 )
 def test_more_positions_than_the_tables_have_are_refused(known, size, message):

@@ -66,7 +66,7 @@ def test_sit_xl_2_has_the_paths_and_sizes_that_are_stated():
 
 def test_a_picture_that_is_not_square_is_refused():
     text, time = tiny_text("sit", 1), torch.ones(1)
-    with pytest.raises(BadData, match=r"a latent of 8 x 12, but this class draws squares only"):
+    with pytest.raises(BadData, match=r"of 4 x 6 tokens, as its class draws squares only"):
         SIT.run(tiny_transformer("sit"), torch.zeros(1, 4, 8, 12), time, text)
 
 

@@ -16,7 +16,7 @@ from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.artifacts.manifest import digest_json, read_manifest
 from asymlift.data.buckets import Fit, buckets
-from asymlift.data.catalog import Catalog
+from asymlift.data.catalog import Catalog, expand
 from asymlift.data.feed import Check, ExactFeed, Feed, StepSamples
 from asymlift.data.order import Order, share_of
 from asymlift.data.pairs import PairReader, check_latent
@@ -35,6 +35,7 @@ from asymlift.runtime.log import warn
 from asymlift.stages.finetune.ledger import Ledger
 from asymlift.stages.fit_basis import check_pairing
 from asymlift.stages.open_data import check_origin, fit_of, open_data, tell_what_is_left_out
+from asymlift.stages.sizes import Sizes
 
 MOST_TRIED = 16  # cached latents that are looked at to find a few that can be compared
 
@@ -198,6 +199,15 @@ def open_training_data(
     return open_exact(recipe, lifted, family, ranks)
 
 
+def sizes_of_lifted(lifted: Lifted, family: Family) -> Sizes:
+    return Sizes.of(DiffusersFolder(lifted.folder), family, lifted.geometry)
+
+
+def may_keep_sizes(data: DataSection) -> bool:
+    """Whether all of it is in shards, which may have been prepared."""
+    return data.mode != "stream" and not expand(data.train).listings
+
+
 def open_stream(recipe: Recipe, lifted: Lifted, ranks: Ranks) -> StreamData:
     """Nothing is looked at before it is needed, so everything may have to be made."""
     data = recipe.data
@@ -223,6 +233,9 @@ def open_exact(recipe: Recipe, lifted: Lifted, family: Family, ranks: Ranks) -> 
     catalog = open_data(data.train, data, lifted.geometry.pixel_patch, ranks)
     if ranks.first:
         tell_what_is_left_out(catalog)
+    sizes = sizes_of_lifted(lifted, family)
+    targets = np.unique(catalog.targets, axis=0).tolist()
+    dist.first_does(ranks, lambda: sizes.check_stored(targets, str(data.train)))
     digest = catalog.digest()
     for rank, found in enumerate(dist.gathered(ranks, digest)):
         if found != digest:

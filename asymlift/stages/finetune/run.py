@@ -41,7 +41,12 @@ from asymlift.runtime.shared_folder import check_shared
 from asymlift.runtime.signals import StopRequest, stop_requests
 from asymlift.runtime.tables import show_table
 from asymlift.runtime.watchdog import MARGIN, watched
-from asymlift.stages.finetune.data import Encoders, open_training_data
+from asymlift.stages.finetune.data import (
+    Encoders,
+    may_keep_sizes,
+    open_training_data,
+    sizes_of_lifted,
+)
 from asymlift.stages.finetune.journal import METRICS, Journal
 from asymlift.stages.finetune.ledger import Ledger, by_reason, read_skipped
 from asymlift.stages.finetune.memory import explaining_memory, resident
@@ -149,6 +154,7 @@ class Run:
         self.lifted = dist.all_do(ranks, lambda: read_lifted(lifted_path(recipe)))
         self.family = family_of_lifted(self.lifted.family, named_family(recipe))
         check_lifted(self.lifted, self.family, recipe.model.base)
+        dist.first_does(ranks, self.check_sizes)
 
         watch.at(None, "opening the data")
         self.training = open_training_data(recipe, self.lifted, self.family, ranks)
@@ -184,6 +190,11 @@ class Run:
         self.trainer = Trainer(
             self.settings, self.engine, self.ema, self.maker, self.training, self.ledger, self.warn
         )
+
+    def check_sizes(self) -> None:
+        """Refuse sizes that the model cannot draw, before anything is encoded."""
+        stored = may_keep_sizes(self.recipe.data)
+        sizes_of_lifted(self.lifted, self.family).check_recipe(self.recipe, stored=stored)
 
     def engine_settings(self, zero3: dict[str, int]) -> EngineSettings:
         use = self.settings

@@ -21,6 +21,7 @@ from asymlift.stages.plan.memory import (
     Planner,
 )
 from asymlift.stages.plan.model import blueprint_of
+from asymlift.stages.sizes import Sizes
 
 SUGGESTED = 3
 WORTH_SAYING = 0.01  # of what is there: changes that save less are left out
@@ -60,6 +61,8 @@ def plan(recipe: Recipe, gpus: int, gpu_memory: float) -> PlanReport:
     accumulation = accumulation_for(settings, Ranks(0, gpus, 0))
     blueprint = blueprint_of(recipe)
     data = look_at_data(recipe, blueprint.geometry.pixel_patch)
+    sizes = Sizes(blueprint.family, blueprint.geometry, blueprint.config, blueprint.folder.path)
+    sizes.check_recipe(recipe, stored=data.size is not None)
     planner = Planner(
         recipe,
         blueprint,

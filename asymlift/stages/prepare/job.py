@@ -25,6 +25,7 @@ from asymlift.runtime.log import progress, say
 from asymlift.stages.open_data import fit_of, reader_of
 from asymlift.stages.prepare.shard import Embedding, Picture, ShardMaker, plain_members
 from asymlift.stages.prepare.work import Work, find_work, plan_for
+from asymlift.stages.sizes import Sizes
 
 WEIGHED = 256  # pictures that the estimate is made from
 WEIGHED_FIRST = 32  # of those, to begin with: enough to cut shards of about the size
@@ -136,6 +137,7 @@ class Job:
             self.work = find_work(recipe, listed, look_only=look_only)
         self.as_stored = keeps_sizes(recipe, self.work)
         self.fit = fit_of(recipe.data.resize, geometry.pixel_patch)
+        check_sizes(recipe, base, family, geometry, self.work)
         self.encoders = Encoders(base, family, recipe.model.text_length, device)
         self.made = self.origin(base, family)
         with_latents, with_text = self.settings.latents != "none", self.settings.text != "none"
@@ -328,6 +330,17 @@ def refuse_nesting(settings: PrepareSection, out: Path) -> None:
         inside = path.is_dir() and place.is_relative_to(folder)
         if inside or place == folder:
             raise BadRecipe(f"prepare.out: {out} is inside the source {path}; put it elsewhere")
+
+
+def check_sizes(recipe: Recipe, base: Path, family: Family, geometry: Geometry, work: Work) -> None:
+    """Refuse what `finetune` could not show the model."""
+    sizes = Sizes.of(DiffusersFolder(base), family, geometry)
+    if not keeps_sizes(recipe, work):
+        sizes.check_resize(fit_of(recipe.data.resize, geometry.pixel_patch))
+        return
+    for source in work.sources:
+        whole = source.sizes[:, ::-1] // geometry.pixel_patch * geometry.pixel_patch
+        sizes.check_stored(whole[whole.min(1) > 0].tolist(), str(source.path))
 
 
 def keeps_sizes(recipe: Recipe, work: Work) -> bool:

@@ -33,7 +33,16 @@ CASE = Case(
     read=read_map("encoder_hidden_states"),
     write=same,
     start=same,
-    published=(Published("fal/AuraFlow", {}, {"latent_channels": 4} | FOUR_LEVELS, d=16, D=768),),
+    published=tuple(
+        Published(
+            f"fal/AuraFlow{version}",
+            {"pos_embed_max_size": positions},
+            {"latent_channels": 4} | FOUR_LEVELS,
+            d=16,
+            D=768,
+        )
+        for version, positions in (("", 64**2), ("-v0.2", 64**2), ("-v0.3", 96**2))
+    ),
     options={"guidance_scale": 1.0},
     blocks=frozenset({"AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"}),
 )
