@@ -80,6 +80,7 @@ def write_lifted(folder, base, net, s):
     write_lifted_facts(
         folder,
         family="flux2",
+        networks=["transformer"],
         geometry=geometry,
         A=A.float(),
         s=s,
