@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from asymlift.artifacts.files import sha256_file
-from asymlift.artifacts.manifest import digest_json, list_files
+from asymlift.artifacts.manifest import digest_json
 from asymlift.artifacts.parsing import parse_json, read_small
 from asymlift.artifacts.safetensors_stream import Header, read_header
 from asymlift.errors import BadData
@@ -98,6 +98,43 @@ class DiffusersFolder:
             )
         self.index = index
 
+    def own(self, path: Path) -> Path:
+        """Return a file of this folder. No link is followed out of it, nothing else is read."""
+        self._refuse_led_out(path)
+        if not path.is_file():
+            raise BadData(f"{path}: no file, but a folder, a device, a pipe or a broken link.")
+        return path
+
+    def _refuse_led_out(self, path: Path) -> None:
+        """Nothing of this machine gets into what is made of a folder, and perhaps published."""
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError) as error:  # a link that leads to itself
+            raise BadData(f"{path}: a broken link.") from error
+        if not any(real.is_relative_to(place) for place in self._places):
+            raise BadData(
+                f"{path}: a link that leads out of {self.path}, to {real}. "
+                "If that belongs to the model, put it there itself."
+            )
+
+    @cached_property
+    def _places(self) -> list[Path]:
+        """Where links may lead: into the folder, and for a snapshot of the hub to its blobs."""
+        folder = self.path.resolve()
+        blobs = folder.parent.parent / "blobs"
+        return [folder, blobs] if folder.parent.name == "snapshots" else [folder]
+
+    def files(self, component: str) -> dict[str, Path]:
+        """All files of a component by their relative paths, sorted; none is hidden."""
+        top = self.folder(component)
+        found = {}
+        for root, folders, names in os.walk(top):
+            here = Path(root)
+            links = [name for name in folders if (here / name).is_symlink()]
+            for path in (here / name for name in (*names, *links)):
+                found[path.relative_to(top).as_posix()] = path
+        return {name: self.own(found[name]) for name in sorted(found) if not name.startswith(".")}
+
     @cached_property
     def model_index(self) -> dict[str, Any]:
         """What the index says, a component as [library, class], whichever file it is from."""
@@ -105,7 +142,7 @@ class DiffusersFolder:
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        return read_json(self.index)
+        return read_json(self.own(self.index))
 
     def _plain_entry(self, name: str, entry: Any) -> Any:
         loading = Loading.of(self.index, name, entry)
@@ -142,6 +179,7 @@ class DiffusersFolder:
                 f"{component}/ only. Rename the folder, and its `subfolder` in the index."
             )
         if folder.is_dir():
+            self._refuse_led_out(folder)
             return folder
         if loading is None:
             raise BadData(f"{self.path}: there is no {component}/ in this pipeline folder.")
@@ -158,7 +196,7 @@ class DiffusersFolder:
         """
         found = {}
         for path in (self.path / name for name in INDEXES):
-            index = read_json(path) if path.is_file() else {}
+            index = read_json(self.own(path)) if path.is_file() else {}
             own = {name: self._own_entry(path, name, entry) for name, entry in index.items()}
             if own != index:
                 found[path.name] = (json.dumps(own, indent=2) + "\n").encode()
@@ -185,28 +223,36 @@ class DiffusersFolder:
         folder = self.folder(component)
         for name in CONFIGS:
             if (folder / name).is_file():
-                return read_json(folder / name)
+                return read_json(self.own(folder / name))
         raise BadData(f"{folder}: there is no config.json.")
 
     def index_path(self, component: str) -> Path | None:
         """The JSON index of a component whose weights are in shards; None if there is none."""
-        return index_path(self.folder(component))
+        index = index_path(self.folder(component))
+        return index and self.own(index)
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, sorted by name; pickles are refused."""
-        return weight_files(self.folder(component))
+        self.index_path(component)
+        return [self.own(path) for path in weight_files(self.folder(component))]
 
     def headers(self, component: str) -> dict[Path, Header]:
         """Every weight file of a component with its tensors, checked against the index."""
+        self.weight_files(component)
         return weight_headers(self.folder(component))
 
     @cached_property
     def license(self) -> str | None:
         """The license fields at the head of the model card, if there is one."""
-        card = next((p for p in self.path.iterdir() if p.name.lower() == "readme.md"), None)
+        named = (path for path in self.path.iterdir() if path.name.lower() == "readme.md")
+        card = next((path for path in named if path.is_file()), None)
         if card is None:
             return None
-        head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+        try:
+            data = read_small(self.own(card))
+        except OSError as error:
+            raise BadData(f"{card}: cannot be read ({error.strerror}).") from error
+        head = data.decode(errors="replace").split("\n---", 1)[0]
         found = re.findall(r"^license(?:_name|_link)?:[ \t]*(\S.*?)\s*$", head, re.MULTILINE)
         return ", ".join(found) or None
 
@@ -256,11 +302,10 @@ class DiffusersFolder:
             return None
         labels = {} if has_encoder else {"labels": self.model_index.get("id2label")}
         files = {
-            f"{name}/{file}": self.path / name / file
+            f"{name}/{file}": path
             for name in there
             if name.startswith(("tokenizer", "processor")) or name.endswith("_tokenizer")
-            for file in list_files(self.path / name)
-            if not file.startswith(".")
+            for file, path in self.files(name).items()
         }
         weights = [path for name in encoders for path in self.weight_files(name)]
         with self.hashing_ahead([*weights, *files.values()]):

@@ -2,10 +2,12 @@
 
 A second network of the same class is lifted with it, by the same A and s, where the family has one.
 Beside the transformer's own files lie asymlift.safetensors (A, s; named as in a basis) and
-asymlift.json (family, geometry, colour, fingerprints, how well the conversion was verified).
+asymlift.json (family, networks, geometry, colour, fingerprints, how well the conversion was
+verified).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ KIND = "lifted"
 FORMAT = 1
 FACTS = "transformer/asymlift.json"
 TENSORS = "transformer/asymlift.safetensors"
-OF_BASE = "base_"  # with a component's name: the fingerprint of a network that was lifted
+OF_BASE = "base_"  # with a component's name: the fingerprint of what a network was lifted from
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,14 @@ class Lifted:
     color: ColorCode
     fingerprints: dict[str, str]  # base transformer, vae, basis: what it was made from
     facts: dict[str, Any]  # all of asymlift.json
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """The components that read pixel tokens."""
-        keys = sorted(key for key in self.fingerprints if key.startswith(OF_BASE))
-        others = (key.removeprefix(OF_BASE) for key in keys if key != OF_BASE + TRANSFORMER)
-        return (TRANSFORMER, *others)
+    networks: tuple[str, ...] = (TRANSFORMER,)  # the components that read pixel tokens
 
 
 def write_lifted_facts(
     folder: Path,
     *,
     family: str,
+    networks: Sequence[str],
     geometry: Geometry,
     A: Tensor,
     s: float,
@@ -67,6 +64,7 @@ def write_lifted_facts(
     facts = {
         "format": FORMAT,
         "family": family,
+        "networks": list(networks),
         "geometry": dataclasses.asdict(geometry),
         "color": dataclasses.asdict(color),
         "fingerprints": fingerprints,
@@ -90,7 +88,10 @@ def read_lifted(folder: Path) -> Lifted:
         p, mean = geometry.pixel_patch, tuple(float(value) for value in color["mean"])
         A, s = tensors[f"proj_mat_p{p}"], tensors[f"scale_p{p}"]
         code = ColorCode(color["space"], (mean[0], mean[1], mean[2]), float(color["std"]))
-        family, fingerprints = str(facts["family"]), dict(facts["fingerprints"])
+        family, networks = str(facts["family"]), _networks(facts["networks"])
+        fingerprints = _texts(facts["fingerprints"])
+        if not isinstance(facts.get("verification", {}), dict):
+            raise TypeError("verification is no object")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise BadData(f"{folder / FACTS}: not as convert writes it ({said}).") from None
@@ -112,12 +113,26 @@ def read_lifted(folder: Path) -> Lifted:
         color=code,
         fingerprints=fingerprints,
         facts=facts,
+        networks=networks,
     )
-    for component in lifted.networks:
-        if not is_plain_name(component):
-            raise BadData(f"{folder / FACTS}: {component!r} is no plain folder name.")
+    for component in networks:
         _check_bytes(folder, manifest, f"{component}/config.json")
     return lifted
+
+
+def _networks(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or TRANSFORMER not in names:
+        raise TypeError(f"networks are {names!r}, no list with {TRANSFORMER!r}")
+    for name in names:
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise ValueError(f"{name!r} is no plain folder name")
+    return tuple(names)
+
+
+def _texts(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise TypeError("fingerprints are no texts by name")
+    return values
 
 
 def _check_bytes(folder: Path, manifest: Manifest, *names: str) -> None:

@@ -78,6 +78,8 @@ def find_family(name: str, model_index: Config, transformer_config: Config) -> F
     """Return a family by name, by `my_package.my_module:MY_FAMILY`, or by the checkpoint (auto)."""
     found = transformer_config.get("_class_name") or _listed_transformer(model_index)
     driven_by = str(model_index.get("_class_name"))
+    if found is not None and not isinstance(found, str):
+        raise BadData(f"the checkpoint's transformer has a _class_name that is no text: {found!r}")
     if name == "auto":
         return _by_class(found, driven_by)
     family = _imported(name) if ":" in name else _named(name)

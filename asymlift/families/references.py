@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from asymlift.errors import BadRecipe
-from asymlift.families.base import Family, ReferencePictures, Text
+from asymlift.families.base import Config, Family, ReferencePictures, Text
+from asymlift.families.refusals import SAME_NETWORK, is_driven_by
 
 
 def name_of(number: int) -> str:
@@ -35,3 +36,16 @@ def reference_rule(family: Family) -> ReferencePictures:
     if isinstance(family.references, str):
         raise BadRecipe(f"{family.name} takes no reference pictures: {family.references}")
     return family.references
+
+
+def check_references(family: Family, model_index: Config) -> None:
+    """Refuse pictures to go by where a checkpoint's pipeline reads them otherwise than `run`."""
+    pipeline = str(model_index.get("_class_name", family.pipelines[0]))
+    if is_driven_by(family, pipeline):
+        return
+    drivers = " or ".join(family.pipelines)
+    why = f": {SAME_NETWORK[pipeline]}" if pipeline in SAME_NETWORK else ""
+    raise BadRecipe(
+        f"this model takes no reference pictures here, though {family.name} does: it is made for "
+        f"{pipeline}, and they are read as {drivers} does{why}"
+    )

@@ -40,6 +40,10 @@ TRIGFLOW = (
 )
 WEIGHTED = "its output is scaled as EDM has it, and is no velocity of the straight path"
 PIXELS = "it makes pixels already, and says the picture instead of a velocity"
+SEES = (
+    "it shares its network between words and what a second encoder sees in pictures; "
+    "start from the text-to-image model of the same kind"
+)
 
 # Classes of diffusers -> why no checkpoint of theirs can be ported.
 CLASSES: Mapping[str, str] = {
@@ -123,7 +127,8 @@ CLASSES: Mapping[str, str] = {
     "UVit2DModel": MASKED,
 }
 
-# Pipelines that run the transformer of a family on something else than noise and a prompt.
+# Pipelines that run the transformer of a family on something else than noise and a prompt; one
+# that has a modular twin stands for both.
 PIPELINES: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -165,7 +170,67 @@ PIPELINES: Mapping[str, str] = {
         FILM,
     ),
     **dict.fromkeys(("SanaSprintImg2ImgPipeline", "SanaSprintPipeline"), TRIGFLOW),
+    "Flux3DistilledModularPipeline": TWO_TIMES,
     "PRXPixelPipeline": PIXELS,
+    "ZImageOmniPipeline": SEES,
+}
+
+FROM_A_PICTURE = "it begins between noise and a picture"
+MASK = "it keeps what is outside a mask, beside the network"
+CONTROL_NET = "a second network adds to its blocks, and what it is told"
+PERTURBED = "it goes, besides, against its own attention perturbed"
+
+# Pipelines that draw with the very network of a family's own pipeline, from a prompt that is
+# embedded alike; each with what it adds.
+SAME_NETWORK: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "ChromaImg2ImgPipeline",
+            "FluxImg2ImgPipeline",
+            "QwenImageImg2ImgPipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "ZImageImg2ImgPipeline",
+        ),
+        FROM_A_PICTURE,
+    ),
+    **dict.fromkeys(
+        (
+            "ChromaInpaintPipeline",
+            "Flux2KleinInpaintPipeline",
+            "FluxInpaintPipeline",
+            "QwenImageInpaintPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "ZImageInpaintPipeline",
+        ),
+        MASK,
+    ),
+    **dict.fromkeys(
+        (
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+            "FluxControlNetPipeline",
+            "QwenImageControlNetInpaintPipeline",
+            "QwenImageControlNetPipeline",
+            "SanaControlNetPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "ZImageControlNetInpaintPipeline",
+            "ZImageControlNetPipeline",
+        ),
+        CONTROL_NET,
+    ),
+    **dict.fromkeys(
+        ("SanaPAGPipeline", "StableDiffusion3PAGImg2ImgPipeline", "StableDiffusion3PAGPipeline"),
+        PERTURBED,
+    ),
+    "Flux2KleinKVPipeline": "it reads pictures to go by once, at time 0, and keeps their keys",
+}
+
+# Modular pipelines whose plain twins are not called as they are.
+TWINS: Mapping[str, str] = {
+    "Flux2KleinBaseModularPipeline": "Flux2KleinPipeline",
+    "Krea2TurboModularPipeline": "Krea2Pipeline",
+    "QwenImage21TurboModularPipeline": "QwenImage21Pipeline",
 }
 
 
@@ -210,7 +275,17 @@ def why_class_refused(name: object) -> str | None:
 
 def why_pipeline_refused(name: str) -> str | None:
     """Return why what this pipeline drives cannot be ported; a modular one is as the other."""
-    return PIPELINES.get(name.replace("ModularPipeline", "Pipeline"))
+    return PIPELINES.get(name) or PIPELINES.get(plain_twin(name))
+
+
+def plain_twin(name: str) -> str:
+    """Return what the plain pipeline is called that does what a modular one does."""
+    return TWINS.get(name, name.replace("ModularPipeline", "Pipeline"))
+
+
+def is_driven_by(family: Family, name: str) -> bool:
+    """Whether a pipeline runs the network as the family's `run` does, whatever it is given."""
+    return name in family.pipelines or plain_twin(name) in family.pipelines
 
 
 def why_folder_refused(model_index: Config) -> str | None:
@@ -271,6 +346,8 @@ def _counts_as_sit_does(config: Config) -> bool:
 # ---- poor starts -------------------------------------------------------------------------------
 
 FEW_STEPS = {"schnell", "turbo", "lightning", "hyper", "lcm", "dmd", "dmd2", "tcd", "flash"}
+# Pipelines for distilled models whose names do not say so, unless the index says `is_distilled`.
+FOR_DISTILLED = {"Flux2KleinKVPipeline", "Flux2KleinModularPipeline"}
 
 
 def distillation_warning(
@@ -299,8 +376,11 @@ def _sign_of_distillation(
     model_index: Config,
     called: str,
 ) -> str | None:
-    if model_index.get("is_distilled") is True:
+    said, pipeline = model_index.get("is_distilled"), str(model_index.get("_class_name"))
+    if said is True:
         return "model_index.json says is_distilled"
+    if _says_distilled(_apart(pipeline)) or (pipeline in FOR_DISTILLED and said is not False):
+        return f"made for {pipeline}"
     if scheduler_config.get("_class_name") == "FlowMatchLCMScheduler":
         return "its scheduler is a FlowMatchLCMScheduler"
     unguided = transformer_config.get("guidance_embeds") is False
@@ -315,11 +395,18 @@ def _sign_of_distillation(
 def is_distilled_name(name: str) -> bool:
     """Whether the last part of a path, or what the hub's cache calls a model, says so."""
     parts = PurePath(name).parts
-    for part in [*parts[-1:], *(p for p in parts if p.startswith("models--"))]:
-        words = re.findall(r"[a-z]+[0-9]?|[0-9]+", part.lower())
-        undone = "de" in words or "un" in words
-        few = any(word in FEW_STEPS or word.startswith("distill") for word in words)
-        counted = bool(re.search(r"[0-9]-?steps?\b", part.lower()))
-        if (few or counted) and not undone:
-            return True
-    return False
+    named = [*parts[-1:], *(part for part in parts if part.startswith("models--"))]
+    return any(map(_says_distilled, named))
+
+
+def _says_distilled(name: str) -> bool:
+    words = re.findall(r"[a-z]+[0-9]?|[0-9]+", name.lower())
+    undone = "de" in words or "un" in words
+    few = any(word in FEW_STEPS or word.startswith("distill") for word in words)
+    counted = bool(re.search(r"[0-9]-?steps?\b", name.lower()))
+    return (few or counted) and not undone
+
+
+def _apart(class_name: str) -> str:
+    """Return Krea2TurboModularPipeline as Krea2-Turbo-Modular-Pipeline."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", class_name)

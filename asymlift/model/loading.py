@@ -27,6 +27,7 @@ from asymlift.artifacts.diffusers_folder import (
 from asymlift.artifacts.safetensors_stream import Header
 from asymlift.errors import BadData, Unavailable
 from asymlift.families.base import TRANSFORMER, Family, check_needs
+from asymlift.families.refusals import SAME_NETWORK
 from asymlift.runtime import third_party
 
 LIBRARIES = ("diffusers", "transformers")  # where the classes of a pipeline may come from
@@ -140,8 +141,8 @@ def load_pipeline(
     """Return the folder's own pipeline without its transformer: for prompts, latents, schedules.
 
     `components` are those to load (default: all but transformers and what the family has no use
-    for); the others are None. A family that is not driven by the modular pipeline that the index
-    names has the one it is driven by.
+    for); the others are None. Where the index names a modular pipeline, or another one for the same
+    network, that the family is not driven by, it is the one that it is driven by.
     """
     found = DiffusersFolder(_existing_folder(Path(folder)))
     origin, index = found.index, found.model_index
@@ -155,7 +156,8 @@ def load_pipeline(
     loaded = load_pipeline_parts(folder, wanted, library=library, dtype=dtype)
     with _of_files(origin, f"no {pipeline.__name__} can be made of it"):
         given = {**dict.fromkeys(parts), **loaded}
-        if family is None or not _is_modular(pipeline) or pipeline.__name__ in family.pipelines:
+        other = _is_modular(pipeline) or pipeline.__name__ in SAME_NETWORK
+        if family is None or not other or pipeline.__name__ in family.pipelines:
             return _assembled(pipeline, settings, given)
         pipeline = _pipeline_class(origin, _plain_pipeline(pipeline.__name__, family), library)
         return _assembled(pipeline, *_taken(pipeline, settings, given))
@@ -277,13 +279,13 @@ def _assembled(kind: Any, settings: Mapping[str, Any], parts: Mapping[str, Any])
     return pipeline
 
 
-def _plain_pipeline(modular: str, family: Family) -> str:
-    """The family's pipeline that is called most like a modular one."""
-    stem = modular.removesuffix("ModularPipeline")
+def _plain_pipeline(other: str, family: Family) -> str:
+    """The family's pipeline that is called most like another one for its network."""
+    stem = other.removesuffix("ModularPipeline")
     alike = [name for name in family.pipelines if stem.startswith(name.removesuffix("Pipeline"))]
     if not alike:
         drivers = " or ".join(family.pipelines)
-        raise ValueError(f"family {family.name} is driven by {drivers}, not by {modular}")
+        raise ValueError(f"family {family.name} is driven by {drivers}, not by {other}")
     return max(alike, key=len)
 
 

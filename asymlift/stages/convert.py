@@ -239,7 +239,7 @@ def _carried_files(
 ) -> dict[str, Path]:
     """Every file that is taken over; what is left behind is noted."""
     carried = {
-        path.name: path
+        path.name: base.own(path)
         for path in sorted(base.path.iterdir())
         if path.is_file() and (path.name in INDEXES or PAPERS.match(path.name))
     }
@@ -248,13 +248,13 @@ def _carried_files(
         if not folder.is_dir():
             notes.append(f"{folder}: named in {base.index.name}, but not there")
             continue
-        names = [name for name in list_files(folder) if not name.startswith(".")]
-        pickles = [name for name in names if Path(name).suffix in PICKLES]
-        if pickles and not any(name.endswith(".safetensors") for name in names):
+        files = base.files(component)
+        pickles = [name for name in files if Path(name).suffix in PICKLES]
+        if pickles and not any(name.endswith(".safetensors") for name in files):
             base.weight_files(component)  # says what to do about them
         if pickles:
             notes.append(f"{folder}: pickles are left out ({', '.join(pickles)})")
-        carried |= {f"{component}/{n}": folder / n for n in names if n not in pickles}
+        carried |= {f"{component}/{n}": path for n, path in files.items() if n not in pickles}
     for network in networks:
         index = base.index_path(network)
         known = {path.name for path in [*base.weight_files(network), *([index] if index else [])]}
@@ -376,6 +376,7 @@ def _build(
     lifted_folder.write_lifted_facts(
         staged.new,
         family=plan.family_name or plan.family.name,
+        networks=source.components,
         geometry=source.geometry,
         A=source.basis.A,
         s=source.basis.s,

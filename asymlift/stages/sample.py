@@ -46,7 +46,7 @@ from asymlift.data.reference_picture import Reference, read_reference
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import family_of_lifted
 from asymlift.families.base import TRANSFORMER, Family, Geometry, Text, renorm_rule
-from asymlift.families.references import reference_rule
+from asymlift.families.references import check_references, reference_rule
 from asymlift.families.text import without_words
 from asymlift.model.loading import (
     embed_prompts,
@@ -219,6 +219,7 @@ class Sources:
         if not self.plan.references:
             return []
         rule, patch = reference_rule(self.family), self.geometry.pixel_patch
+        check_references(self.family, self.pipeline.model_index)
         return [read_reference(path, rule, patch) for path in self.plan.references]
 
     @property

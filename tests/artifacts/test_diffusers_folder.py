@@ -1,6 +1,7 @@
 """A pipeline folder is read as JSON and safetensors; what does not fit together is named."""
 
 import json
+import os
 import shutil
 import threading
 from contextlib import suppress
@@ -11,6 +12,7 @@ from asymlift.artifacts import diffusers_folder
 from asymlift.artifacts.diffusers_folder import DiffusersFolder, is_plain_name
 from asymlift.artifacts.files import sha256_file
 from asymlift.artifacts.manifest import read_manifest
+from asymlift.artifacts.parsing import MOST_JSON
 from asymlift.errors import BadData
 from asymlift.stages.convert import convert
 from tests.reliability.fake_pipeline import fake_plan, transformer_tensors, write_base, write_json
@@ -244,6 +246,65 @@ def test_pickles_are_refused_by_name(base):
     weights.with_suffix(".bin").unlink()
     with pytest.raises(BadData, match="no weights called"):
         DiffusersFolder(base).weight_files("vae")
+
+
+LEADS_OUT, NO_FILE = "a link that leads out of", "no file, but a folder, a device, a pipe"
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (lambda path: path.symlink_to("/dev/zero"), LEADS_OUT),
+        (lambda path: path.symlink_to("/etc"), LEADS_OUT),
+        (lambda path: path.symlink_to("nowhere"), NO_FILE),
+        (lambda path: path.symlink_to("x"), "a broken link"),
+        (lambda path: path.symlink_to("sub"), NO_FILE),
+        (os.mkfifo, NO_FILE),
+    ],
+    ids=["device", "folder", "broken", "loop", "folder inside", "pipe"],
+)
+def test_what_is_no_file_of_a_tokenizer_is_refused_by_name(left, said, base):
+    add_tokenizer(base)
+    left(base / "tokenizer/x")
+    with pytest.raises(BadData, match=f"tokenizer/x: {said}"):
+        DiffusersFolder(base).text_fingerprint()
+
+
+def test_a_snapshot_of_the_hub_leads_to_its_own_blobs_and_no_others(base, tmp_path):
+    for folder in ("a/snapshots", "a/blobs", "b/blobs"):
+        (tmp_path / folder).mkdir(parents=True)
+    snapshot = base.rename(tmp_path / "a/snapshots/0a1b2c")
+    weights = snapshot / "vae/diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    for name in ("a", "b"):
+        (tmp_path / name / "blobs/0").write_bytes(data)
+    wanted = DiffusersFolder(snapshot).fingerprint("vae")
+    weights.unlink()
+    weights.symlink_to("../../../blobs/0")
+    assert DiffusersFolder(snapshot).fingerprint("vae") == wanted
+    weights.unlink()
+    weights.symlink_to("../../../../b/blobs/0")
+    with pytest.raises(BadData, match=LEADS_OUT):
+        DiffusersFolder(snapshot).fingerprint("vae")
+    weights.unlink()
+    weights.symlink_to("../../../blobs/0")
+    (tmp_path / "a/snapshots").rename(tmp_path / "a/others")  # then what is beside is no cache
+    with pytest.raises(BadData, match=LEADS_OUT):
+        DiffusersFolder(tmp_path / "a/others/0a1b2c").fingerprint("vae")
+
+
+def test_a_model_card_is_a_file_and_no_book(base):
+    (base / "README.md").unlink()
+    (base / "README.md").mkdir()
+    assert DiffusersFolder(base).license is None
+    (base / "README.md").rmdir()
+    os.mkfifo(base / "README.md")
+    assert DiffusersFolder(base).license is None
+    (base / "README.md").unlink()
+    with (base / "README.md").open("wb") as file:
+        file.truncate(MOST_JSON + 1)
+    with pytest.raises(BadData, match=r"README\.md: cannot be read \(it is longer than"):
+        _ = DiffusersFolder(base).license
 
 
 def test_plain_names_stay_in_their_folder():

@@ -151,11 +151,34 @@ def test_a_second_network_belongs_to_a_lifted_folder(tmp_path):
 
 def test_a_network_that_leads_out_of_the_folder_is_refused(plan):
     facts = json.loads((plan.output / FACTS).read_bytes())
-    facts["fingerprints"]["base_../../other"] = "sha256:0"
+    facts["networks"].append("../../other")
     (plan.output / FACTS).write_text(json.dumps(facts))
     (plan.output / "manifest.json").unlink()
     write_manifest(plan.output, kind="lifted", facts={})
     with pytest.raises(BadData, match=r"'\.\./\.\./other' is no plain folder name"):
+        read_lifted(plan.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("fingerprints", [], "fingerprints are no texts by name"),
+        ("fingerprints", [[1, 2]], "fingerprints are no texts by name"),
+        ("fingerprints", {"vae": 5}, "fingerprints are no texts by name"),
+        ("verification", ["x"], "verification is no object"),
+        ("networks", {"transformer": 1}, "no list with 'transformer'"),
+        ("networks", ["other"], "no list with 'transformer'"),
+        ("networks", ["transformer", 5], "5 is no plain folder name"),
+        ("networks", ..., "KeyError: 'networks'"),
+    ],
+)
+def test_facts_of_a_wrong_kind_are_refused_under_a_manifest_that_fits(name, value, said, plan):
+    facts = json.loads((plan.output / FACTS).read_bytes()) | {name: value}
+    kept = {key: value for key, value in facts.items() if value is not ...}
+    (plan.output / FACTS).write_text(json.dumps(kept))
+    (plan.output / "manifest.json").unlink()
+    write_manifest(plan.output, kind="lifted", facts={})
+    with pytest.raises(BadData, match=rf"asymlift\.json: not as convert writes it \(.*{said}"):
         read_lifted(plan.output)
 
 

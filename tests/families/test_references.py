@@ -13,7 +13,13 @@ from asymlift.data.pictures import encode_png, float_to_image, image_to_float, t
 from asymlift.data.reference_picture import read_reference
 from asymlift.errors import BadData, BadRecipe
 from asymlift.families import FAMILIES, flux2
-from asymlift.families.references import reference_rule, references_of, with_references
+from asymlift.families.references import (
+    check_references,
+    reference_rule,
+    references_of,
+    with_references,
+)
+from asymlift.families.refusals import SAME_NETWORK
 from asymlift.maths.asymmetric import calibrate, project
 from asymlift.maths.color import ColorCode
 from asymlift.maths.patches import tokens_to_image
@@ -313,6 +319,32 @@ def test_references_keep_their_order_and_belong_to_samples():
 def test_a_family_that_takes_none_says_so(name):
     with pytest.raises(BadRecipe, match=f"^{name} takes no reference pictures: .*[a-z]$"):
         reference_rule(FAMILIES[name])
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline", "SomePipeline", ["a", "b"]]
+)
+def test_a_pipeline_that_reads_references_otherwise_takes_none_here(pipeline):
+    said = "no reference pictures here, though flux2 does: it is made for "
+    with pytest.raises(BadRecipe, match=said) as refused:
+        check_references(FAMILIES["flux2"], {"_class_name": pipeline})
+    why = SAME_NETWORK.get(str(pipeline), "as Flux2KleinPipeline or Flux2Pipeline does")
+    assert str(refused.value).endswith(why)
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "Flux2Pipeline",
+        "Flux2KleinPipeline",
+        "Flux2ModularPipeline",
+        "Flux2KleinModularPipeline",
+        "Flux2KleinBaseModularPipeline",
+    ],
+)
+def test_a_pipeline_that_reads_references_as_the_family_takes_them(pipeline):
+    check_references(FAMILIES["flux2"], {"_class_name": pipeline})
+    check_references(FAMILIES["flux2"], {})
 
 
 @pytest.mark.parametrize("flow", ["latent", "pixel"])

@@ -1,23 +1,34 @@
 """What cannot be ported is refused by name and reason; what is distilled is told apart."""
 
+import functools
+import inspect
+import json
+import re
 from typing import Any
 
 import pytest
+import torch
 
 from asymlift.errors import BadData, BadRecipe
 from asymlift.families import FAMILIES, find_family
 from asymlift.families.refusals import (
     CLASSES,
     PIPELINES,
+    SAME_NETWORK,
     SIGNS,
+    TWINS,
     distillation_warning,
     is_distilled_name,
+    is_driven_by,
     why_class_refused,
     why_folder_refused,
+    why_pipeline_refused,
     why_refused,
 )
+from asymlift.model.loading import embed_prompts, load_pipeline
 from asymlift.runtime import third_party
 from tests.families.case import case_of
+from tests.tiny import write_pipeline
 
 PORTABLE = {family.transformer for family in FAMILIES.values()}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
@@ -45,6 +56,90 @@ def test_every_network_of_diffusers_that_makes_something_is_judged():
     assert CLASSES.keys() <= set(dir(diffusers))
     assert PIPELINES.keys() <= set(dir(diffusers))
     assert {sign.transformer for sign in SIGNS} <= set(dir(diffusers))
+
+
+@functools.cache
+def pipelines_of_families() -> dict[str, set[str]]:
+    """Of all pipelines of diffusers those whose transformer is of a family's class: that class."""
+    diffusers, found = third_party.library("diffusers"), {}
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name)
+        if not isinstance(kind, type) or kind is diffusers.ModularPipeline:
+            continue
+        if issubclass(kind, diffusers.ModularPipeline):
+            parts = kind()._component_specs.values()
+            said = " ".join(getattr(part.type_hint, "__name__", "") for part in parts)
+        elif issubclass(kind, diffusers.DiffusionPipeline):
+            said = str(inspect.signature(kind.__init__))
+        else:
+            continue
+        if classes := PORTABLE & set(re.findall(r"\w+", said)):
+            found[name] = classes
+    return found
+
+
+def test_every_pipeline_around_the_transformer_of_a_family_is_judged_once():
+    """Driven by us, refused, or known to draw with the very network."""
+    found = pipelines_of_families()
+    assert len(found) > 80
+    for name, classes in found.items():
+        families = [f for f in FAMILIES.values() if f.transformer in classes]
+        verdicts = [
+            any(is_driven_by(family, name) for family in families),
+            why_pipeline_refused(name) is not None,
+            name in SAME_NETWORK,
+        ]
+        assert verdicts.count(True) == 1, (name, classes, verdicts)
+    assert SAME_NETWORK.keys() | TWINS.keys() <= found.keys()
+
+
+@pytest.mark.parametrize("pipeline", SAME_NETWORK)
+def test_a_pipeline_for_the_same_network_is_no_reason_to_refuse(pipeline):
+    (kind,) = pipelines_of_families()[pipeline]
+    family = find_family("auto", {"_class_name": pipeline}, {"_class_name": kind})
+    assert why_refused(family, {}, FLOW, {"_class_name": pipeline}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline"),
+    [
+        ("flux1", "FluxControlNetPipeline"),
+        ("flux2", "Flux2KleinKVPipeline"),
+        ("sana", "SanaPAGPipeline"),
+        ("sd3", "StableDiffusion3ControlNetInpaintingPipeline"),
+        ("zimage", "ZImageControlNetPipeline"),
+    ],
+)
+def test_prompts_of_a_pipeline_for_the_same_network_are_embedded_as_the_familys(
+    name, pipeline, tmp_path
+):
+    family, folder = FAMILIES[name], write_pipeline(tmp_path / "base", name)
+    assert pipeline in SAME_NETWORK
+    wanted = embed_prompts(family, load_pipeline(folder, family=family), family.prompts, 12)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": pipeline, "controlnet": ["diffusers", None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    loaded = load_pipeline(folder, family=family)
+    assert type(loaded).__name__ in family.pipelines
+    for one, other in zip(embed_prompts(family, loaded, family.prompts, 12), wanted, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in wanted[0])
+
+
+def test_a_flow_map_and_the_omnivorous_z_image_are_refused_with_their_reasons():
+    for name, pipeline, said in (
+        ("flux3", "Flux3DistilledModularPipeline", "it is told two times"),
+        ("zimage", "ZImageOmniPipeline", "what a second encoder sees in pictures"),
+    ):
+        reason = why_refused(FAMILIES[name], {}, FLOW, {"_class_name": pipeline})
+        assert reason is not None and said in reason
+
+
+@pytest.mark.parametrize("kind", [5, ["a"], {}, True])
+def test_a_class_that_is_no_text_is_refused(kind):
+    config = {"_class_name": kind or {"a": 1}}
+    for name in ("auto", "flux2"):
+        with pytest.raises(BadData, match="a _class_name that is no text"):
+            find_family(name, {}, config)
 
 
 def test_nothing_that_can_be_ported_is_refused():
@@ -271,6 +366,46 @@ def test_the_class_of_dit_is_sit_only_if_its_scheduler_says_so(scheduler):
             "(by its name, somebody/Qwen-Image-Lightning-8steps)",
         ),
         (
+            "flux2",
+            {},
+            {},
+            {"_class_name": "Flux2KleinModularPipeline"},
+            "mine",
+            "(made for Flux2KleinModularPipeline)",
+        ),
+        (
+            "flux2",
+            {},
+            {},
+            {"_class_name": "Flux2KleinKVPipeline"},
+            "mine",
+            "(made for Flux2KleinKVPipeline)",
+        ),
+        (
+            "krea2",
+            {},
+            {},
+            {"_class_name": "Krea2TurboModularPipeline"},
+            "mine",
+            "(made for Krea2TurboModularPipeline)",
+        ),
+        (
+            "qwenimage21",
+            {},
+            {},
+            {"_class_name": "QwenImage21TurboModularPipeline"},
+            "mine",
+            "(made for QwenImage21TurboModularPipeline)",
+        ),
+        (
+            "qwenimage",
+            {},
+            {},
+            {"_class_name": "MyQwenLightningPipeline"},
+            "mine",
+            "(made for MyQwenLightningPipeline)",
+        ),
+        (
             "sd3",
             {},
             {"_class_name": "FlowMatchLCMScheduler"},
@@ -292,6 +427,21 @@ def test_a_distilled_checkpoint_is_told_with_a_better_base(
     assert base and set(base) <= set(family.checkpoints)
     assert not any(map(is_distilled_name, base))
     assert why_refused(family, transformer, scheduler, index) is None
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": "Flux2KleinBaseModularPipeline"},
+        {"_class_name": "Flux2KleinModularPipeline", "is_distilled": False},
+        {"_class_name": "Flux2KleinPipeline", "is_distilled": False},
+        {"_class_name": "MyUndistilledPipeline"},
+        {"_class_name": ["a", "b"]},
+        {},
+    ],
+)
+def test_a_pipeline_for_models_of_many_steps_is_no_sign(index):
+    assert distillation_warning(FAMILIES["flux2"], {}, {}, index, "mine") is None
 
 
 def test_flux1_schnell_is_not_offered_as_a_better_base():

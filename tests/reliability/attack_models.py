@@ -65,6 +65,14 @@ TENSOR_FILES: dict[str, Callable[[Cell], bytes]] = {
 }
 
 
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a pipe": os.mkfifo,
+    "a broken link": lambda path: path.symlink_to("nowhere"),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
 def copied_base(cell: Cell) -> Path:
     return Path(shutil.copytree(MODELS["tiny"], cell.inputs / "base"))
 
@@ -182,6 +190,7 @@ def base_attacks() -> Iterator[Attack]:
         yield attack(f"a chat template that {name}", template)
 
     configs: dict[str, dict[str, dict[str, Any]]] = {
+        "a transformer of class 5": {"transformer": {"_class_name": 5}},
         "a transformer of another class": {"transformer": {"_class_name": "os.system"}},
         "a transformer without end": {"transformer": {"num_layers": 10**9}},
         "a transformer of huge width": {"transformer": {"num_attention_heads": 10**9}},
@@ -220,6 +229,32 @@ def base_attacks() -> Iterator[Attack]:
         (base / "vae/config.json").symlink_to("/dev/zero")
 
     yield attack("a config that is a device", endless)
+
+    for name, leave in NO_FILES.items():
+        for component in ("tokenizer", "vae"):
+
+            def beside(
+                cell: Cell,
+                base: Path,
+                leave: Callable[[Path], object] = leave,
+                component: str = component,
+            ) -> None:
+                leave(base / component / "x")
+
+            yield attack(f"{component} with {name} beside its files", beside)
+
+        def card(cell: Cell, base: Path, leave: Callable[[Path], object] = leave) -> None:
+            (base / "README.md").unlink(missing_ok=True)
+            leave(base / "README.md")
+
+        yield attack(f"a model card that is {name}", card)
+
+    yield attack("a model card that is a hole", lambda cell, base: sparse(base / "README.md"))
+
+    def key(cell: Cell, base: Path) -> None:
+        (base / "NOTICE").symlink_to(cell.victims / "file")
+
+    yield attack("a notice that leads to somebody's file", key)
 
     def hollow(cell: Cell, base: Path) -> None:
         sparse(base / "model_index.json")
@@ -439,6 +474,8 @@ def lifted_attacks() -> Iterator[Attack]:
 
         return folder_attack("lifted", name, spoil, "inspect", "sample", "finetune")
 
+    yield changed("fingerprints in a list", lambda facts: facts.update(fingerprints=[[1, 2]]))
+    yield changed("networks of numbers", lambda facts: facts.update(networks=["transformer", 5]))
     yield changed("a family that is code", lambda facts: facts.update(family="evil:FAMILY"))
     yield changed("a family of numbers", lambda facts: facts.update(family=[1]))
     yield changed("geometry of words", lambda facts: facts.update(geometry={"a": 1}))

@@ -1,5 +1,6 @@
 """Convert changes two maps, keeps every other byte, and refuses what does not belong together."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -176,15 +177,66 @@ def test_a_second_run_says_that_it_is_done(plan):
     assert snapshot(plan.output) == before
 
 
-def test_a_base_in_the_hub_cache_is_a_tree_of_symlinks(plan):
-    for path in [p for p in plan.base.rglob("*") if p.is_file()]:
-        blob = plan.base.parent / "blobs" / path.relative_to(plan.base)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(blob)
-        path.symlink_to(blob)
+def into_blobs(snapshot: Path) -> None:
+    """Make of a folder what the hub's cache holds: links to files of other names."""
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(p for p in snapshot.rglob("*") if p.is_file())):
+        path.rename(blobs / f"{number:064x}")
+        path.symlink_to(os.path.relpath(blobs / f"{number:064x}", path.parent))
+
+
+def test_a_base_in_the_hub_cache_is_a_tree_of_symlinks(plan, tmp_path):
+    (tmp_path / "models--x--y/snapshots").mkdir(parents=True)
+    snapshot = plan.base.rename(tmp_path / "models--x--y/snapshots/0a1b2c")
+    into_blobs(snapshot)
+    plan = dataclasses.replace(plan, base=snapshot)
     convert(plan)
     assert not any(path.is_symlink() for path in plan.output.rglob("*"))
     assert check_manifest(plan.output) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NOTICE",
+        "vae/more.txt",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
+        "transformer/config.json",
+        "model_index.json",
+        "README.md",
+    ],
+)
+def test_a_link_that_leads_out_of_the_base_is_refused_by_name(name, plan, tmp_path):
+    """What is lifted is published: nobody's key may get into it."""
+    path = plan.base / name
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(tmp_path / "secret")
+    (tmp_path / "secret").touch()
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(BadData, match=f"{path}: a link that leads out of {plan.base}, to "):
+        convert(plan)
+    assert not plan.output.exists()
+    path.unlink()
+    (tmp_path / "secret").rename(plan.base / "kept.txt")
+    path.symlink_to(plan.base / "kept.txt")
+    convert(plan)
+    assert (plan.output / name).is_file()
+    assert not any(path.is_symlink() for path in plan.output.rglob("*"))
+
+
+def test_a_component_that_is_a_link_out_of_the_base_is_refused(plan, tmp_path):
+    (plan.base / "vae").rename(tmp_path / "vae")
+    (plan.base / "vae").symlink_to(tmp_path / "vae")
+    with pytest.raises(BadData, match=f"{plan.base / 'vae'}: a link that leads out of"):
+        convert(plan)
+
+
+def test_a_pipe_in_a_component_is_refused_by_name(plan):
+    os.mkfifo(plan.base / "vae/x")
+    with pytest.raises(BadData, match="vae/x: no file, but a folder, a device, a pipe or a broken"):
+        convert(plan)
 
 
 def test_what_does_not_belong_to_the_model_stays_behind_and_is_noted(plan):

@@ -80,6 +80,7 @@ def write_lifted(folder, base, net, s):
     write_lifted_facts(
         folder,
         family="flux2",
+        networks=["transformer"],
         geometry=geometry,
         A=A.float(),
         s=s,
@@ -241,6 +242,21 @@ def test_lifted_and_base_go_by_reference_pictures_each_in_its_own_way(plan, refe
 
     alone = COLOR.decode(tokens_to_image(S * latents([]) @ lifted.A.T, 8, grid)).clamp(-1, 1)
     assert (low - alone).abs().max() > 0.05  # they do guide
+
+
+def test_a_pipeline_that_reads_references_otherwise_is_refused_them_alone(
+    plan, references, tmp_path
+):
+    base = shutil.copytree(plan.base, tmp_path / "kv")
+    index = json.loads((base / "model_index.json").read_text())
+    index["_class_name"] = "Flux2KleinKVPipeline"
+    (base / "model_index.json").unlink()
+    (base / "model_index.json").write_text(json.dumps(index))
+    plan = change(plan, base=base, lifted=None, checkpoint=None, weights=("base",))
+    with pytest.raises(BadRecipe, match=r"made for Flux2KleinKVPipeline.* at time 0, and keeps"):
+        sample(change(plan, references=references))
+    assert not plan.out.exists()
+    assert sample(plan).num_drawn > 0
 
 
 def test_all_weights_go_by_references_and_other_references_are_other_pictures(plan, references):
