@@ -330,7 +330,7 @@ def test_references_are_turned_upright_and_their_alpha_lies_over_white(plan, tmp
 def test_a_family_that_takes_no_references_is_named(plan, tmp_path, references):
     base = tiny.write_pipeline(tmp_path / "sd3", "sd3")
     plan = change(plan, base=base, lifted=None, checkpoint=None, weights=("base",))
-    with pytest.raises(BadRecipe, match="sd3 takes no reference pictures: asymlift knows of no such input"):
+    with pytest.raises(BadRecipe, match="sd3 takes no reference pictures: asymlift knows of"):
         sample(change(plan, references=references))
 
 
