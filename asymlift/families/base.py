@@ -92,9 +92,12 @@ class ReferencePictures:
 class Family:
     """One kind of transformer; the same `run` serves the latent model and the pixel model."""
 
+    # -- what it is called
     name: str
     transformer: str  # diffusers class, or my_package.my_module:MyTransformer
     pipelines: tuple[str, ...]  # the diffusers pipelines that drive it
+
+    # -- the maps that the lift changes
     first: str  # path of the map that reads tokens
     last: str  # path of the map that writes them
     final_norm: str | None  # path of what modulates the last map's input; None if no module does
@@ -103,43 +106,55 @@ class Family:
     sign: int  # raw output = sign * (eps - x0)
     geometry: Callable[[Config, Config], Geometry]  # (transformer config, VAE config)
     channels: Callable[[int], dict[str, Any]]  # config overrides that make it read c channels
+
+    # -- how it is called
     time: Callable[[Tensor, int], Tensor]  # (tau, number of tokens) -> what the network is told
     run: Callable[[Any, Tensor, Tensor, Text], Tensor]  # (net, map (B, c, h q, w q), time, text)
     encode_latents: Callable[[Any, Tensor], Tensor]  # (VAE, image in [-1, 1]) -> (B, C, h q, w q)
     decode_latents: Callable[[Any, Tensor], Tensor]  # and back, clamped to [-1, 1]
+
+    # -- its prompts: (pipeline, prompts, most words) -> one embedding each -> those of a batch
     encode_prompt: Callable[[Any, Sequence[str], int | None], list[dict[str, Tensor]]]
     collate: Callable[[Sequence[Mapping[str, Tensor]]], Text]
     text_shapes: Callable[
         [Config, int | None], dict[str, tuple[int, ...]]
     ]  # (transformer config, words or the pipeline's own number) -> of one prompt's embedding
+
+    # -- training, sampling, and what users are told
     base_shift: Callable[
         [Config, int], float
     ]  # (scheduler config, tokens) -> the base's time shift
     lora_targets: tuple[str, ...]  # paths of linear maps; `*` stands for anything
     checkpoints: tuple[str, ...]  # published ones, as the hub names them
     tier: Literal["free", "easy"]  # easy: there is a quirk, which the module's docstring tells
+    sizes: Geometry | None = None  # of the published checkpoints, or most of them
+    unproven: Mapping[str, str] = field(default_factory=dict)  # which of PROOFS is not, and why
+
+    # -- what only some have: further maps, networks and inputs
+    also_first: tuple[str, ...] = ()  # further maps that read the same tokens
     # (what `last` reads, text, N) -> (b, N, F): of each token of the picture, in reading order
     last_reads: Callable[[Tensor, Text, int], Tensor] = picture_first
-    also_first: tuple[str, ...] = ()  # further maps that read the same tokens
+    # (transformer config, rows and columns of tokens) -> why it cannot draw such a picture, or None
+    why_not_grid: Callable[[Config, Grid], str | None] = lambda config, grid: None
     renorm: Renorm | None = None  # whose length the pipeline's guidance keeps: `sample.renorm`
     # A second network of this class in the pipeline: guidance goes against it, and `run` gives it
     # no words (see text.without_words). It is lifted with the same basis, and does not train.
     wordless: str | None = None
-    text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
-    has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
-    library: str | None = None  # one's own package, whose classes a checkpoint may name too
-    sizes: Geometry | None = None  # of the published checkpoints, or most of them
-    unproven: Mapping[str, str] = field(default_factory=dict)  # which of PROOFS is not, and why
-    # (transformer config, rows and columns of tokens) -> why it cannot draw such a picture, or None
-    why_not_grid: Callable[[Config, Grid], str | None] = lambda config, grid: None
-    prompts: tuple[str, ...] = ("", "a red lighthouse")  # that any checkpoint can embed
-    idle: tuple[str, ...] = ()  # parts of a folder that neither pictures nor prompts need
-    own_scheduler: Config | None = None  # of one that its pipeline makes, where a folder has none
-    heavy_text: str | None = None  # why captions are better encoded while training
     # Pictures that it goes by beside the prompt, which `run` finds by `references_of`; or why none.
     references: ReferencePictures | str = "asymlift knows of no such input of its pipeline"
+
+    # -- what only some have: another way to prompts
+    prompts: tuple[str, ...] = ("", "a red lighthouse")  # that any checkpoint can embed
+    has_text_encoder: bool = True  # else the transformer itself reads tokens, or labels
+    text_needs_vae: bool = False  # the pipeline that encodes prompts cannot be made without it
+    heavy_text: str | None = None  # why captions are better encoded while training
     # Packages, besides ours, that its pipeline cannot embed prompts without -> what pip installs.
     needs: Mapping[str, str] = field(default_factory=dict)
+
+    # -- what only some have: folders of another kind
+    library: str | None = None  # one's own package, whose classes a checkpoint may name too
+    idle: tuple[str, ...] = ()  # parts that neither pictures nor prompts need
+    own_scheduler: Config | None = None  # of one that its pipeline makes, where a folder has none
 
     @property
     def first_maps(self) -> tuple[str, ...]:
