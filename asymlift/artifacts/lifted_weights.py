@@ -124,6 +124,13 @@ def _plain(headers: Iterable[Header]) -> set[tuple[str, str, tuple[int, ...]]]:
     return {(n, i.dtype, i.shape) for header in headers for n, i in header.tensors.items()}
 
 
+def check_stored_maps(base: DiffusersFolder, family: Family, geometry: Geometry) -> None:
+    """Refuse a base whose maps cannot be lifted as they are stored; only headers are read."""
+    for component in family.networks:
+        if base.has(component):
+            _changed(base.folder(component), family, geometry, base.headers(component))
+
+
 def _changed(
     folder: Path, family: Family, geometry: Geometry, headers: dict[Path, Header]
 ) -> dict[str, TensorInfo]:
@@ -145,7 +152,8 @@ def _changed(
             if not dtype.is_floating_point or size == 1:
                 raise BadData(
                     f"{folder}: {name} is stored as {info.dtype}. A quantised map cannot be "
-                    "lifted; use the checkpoint in bfloat16 or float32."
+                    "lifted; use the checkpoint in bfloat16 or float32 (load it with diffusers, "
+                    "dequantized, and save_pretrained it)."
                 )
             shape = lifted_shape(info.shape, geometry)
             if shape is None:

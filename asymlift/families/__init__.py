@@ -106,6 +106,11 @@ def family_of_lifted(stated: str, named: str) -> Family:
             f"the model was lifted with family {stated!r}, which is code of its own; "
             f"if you trust it, name it in the recipe, `model.family: {stated}`"
         )
+    if named != "auto" and _named(named).name != stated:
+        raise BadRecipe(
+            f"model.family is {named}, but the model was lifted as {stated}; use `family: auto`, "
+            "or convert again under another `name`"
+        )
     return _named(stated)
 
 
@@ -169,4 +174,4 @@ def _suggest(name: str, choices: list[str]) -> str:
 
 
 def _known() -> str:
-    return ", ".join(f"{family.name} ({family.transformer})" for family in FAMILIES.values())
+    return ", ".join(FAMILIES)

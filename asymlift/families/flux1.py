@@ -72,7 +72,7 @@ FLUX1 = Family(
     },
     base_shift=interpolated_shift,
     lora_targets=(*DOUBLE_BLOCKS, *SINGLE_BLOCKS, "time_text_embed.timestep_embedder.linear_*"),
-    checkpoints=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
+    checkpoints=("black-forest-labs/FLUX.1-dev",),
     tier="free",
     sizes=Geometry(vae_factor=8, channels=16, patch=2),
 )

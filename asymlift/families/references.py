@@ -34,7 +34,8 @@ def with_references(text: Text, references: Sequence[Tensor]) -> Text:
 def reference_rule(family: Family) -> ReferencePictures:
     """Return what pictures to go by the family takes; BadRecipe, with the reason, if none."""
     if isinstance(family.references, str):
-        raise BadRecipe(f"{family.name} takes no reference pictures: {family.references}")
+        said = f"{family.name} takes no reference pictures: {family.references}"
+        raise BadRecipe(f"{said}; leave them out")
     return family.references
 
 

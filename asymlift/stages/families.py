@@ -49,6 +49,7 @@ def render() -> Any:
 def remarks() -> list[str]:
     """What the columns mean, and whatever is not as it is for most."""
     lines = [f"{proof}: {meaning}" for proof, meaning in PROOFS.items()]
+    lines.append("tier: `free` needs nothing of its own, `easy` has a quirk that its module tells")
     takers = [family.name for family in FAMILIES.values() if facts_of(family)["references"]]
     lines.append(f"{', '.join(takers)}: can go by pictures too (`sample --reference`)")
     for family in FAMILIES.values():

@@ -8,7 +8,7 @@ from asymlift.artifacts.diffusers_folder import DiffusersFolder
 from asymlift.artifacts.lifted_folder import Lifted
 from asymlift.errors import BadData, BadRecipe, Unavailable
 from asymlift.families import find_family
-from asymlift.families.base import Config, Family, Geometry
+from asymlift.families.base import TRANSFORMER, Config, Family, Geometry
 from asymlift.families.refusals import distillation_warning, why_folder_refused, why_refused
 from asymlift.recipe import Recipe
 from asymlift.runtime import log, third_party
@@ -102,6 +102,13 @@ def scheduler_config(folder: DiffusersFolder) -> Config:
 def geometry_of(folder: DiffusersFolder, family: Family) -> Geometry:
     """The sizes of a model by its two configs, whose values may be of any kind."""
     transformer, vae = folder.config("transformer"), folder.config("vae")
+    for name, config in ((TRANSFORMER, transformer), ("vae", vae)):
+        listed, found_class = folder.components.get(name), config.get("_class_name")
+        if listed and found_class and listed != found_class:
+            raise BadData(
+                f"{folder.path}: {name}/ is a {found_class}, but {folder.index.name} has a "
+                f"{listed} there; take both from one model"
+            )
     where = f"{folder.path}: the configs of transformer and VAE"
     try:
         found = family.geometry(transformer, vae)

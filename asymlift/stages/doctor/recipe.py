@@ -53,11 +53,14 @@ def perceptual_weights(
 
 
 def base_model(recipe: Recipe) -> Iterator[Check]:
+    from asymlift.artifacts.diffusers_folder import DiffusersFolder
+    from asymlift.artifacts.lifted_weights import check_stored_maps
     from asymlift.families.base import check_needs
     from asymlift.stages.locate import base_folder, family_of
 
     folder = base_folder(recipe)
     family, geometry = family_of(recipe, folder)
+    check_stored_maps(DiffusersFolder(folder), family, geometry)
     sizes = f"patch {geometry.pixel_patch}, d {geometry.d}, D {geometry.D}"
     yield Check("base model", "ok", f"{folder}: {family.name}, {sizes}")
     check_needs(family)

@@ -13,6 +13,7 @@ from asymlift.artifacts.basis_file import has_checksum, load_basis
 from asymlift.artifacts.diffusers_folder import INDEXES, DiffusersFolder, pipeline_index, read_json
 from asymlift.artifacts.files import human_bytes
 from asymlift.artifacts.lifted_folder import read_lifted
+from asymlift.artifacts.lifted_weights import check_stored_maps
 from asymlift.artifacts.safetensors_stream import Header, TensorInfo, read_header
 from asymlift.errors import BadData, UserError
 from asymlift.families import find_family
@@ -51,6 +52,8 @@ def inspect_path(path: Path, picture: Path | None = None) -> Inspection:
 
 def _by_kind(path: Path) -> Inspection | None:
     """What is no training data; None for that, and for what is unknown."""
+    if path.name in INDEXES:
+        return _base(path.parent)
     if path.is_file():
         readers: dict[str, Callable[[Path], Inspection]] = {
             ".yaml": _recipe,
@@ -123,8 +126,12 @@ def _tensors(path: Path) -> Inspection:
         ("numbers", f"{_count(_numbers([header]))}, {_dtypes([header])}"),
         ("size", human_bytes(path.stat().st_size)),
     ]
-    more_rows, can_be_ported = portability_of(header.tensors)
+    config = path.parent / "config.json"
+    class_name = read_json(config).get("_class_name") if config.is_file() else None
+    more_rows, can_be_ported = portability_of(header.tensors, class_name)
     rows += more_rows
+    if class_name and pipeline_index(path.parent.parent):
+        rows.append(("part of", f"the model in {path.parent.parent}: give that folder"))
     facts = {
         "can_be_ported": can_be_ported,
         "num_tensors": len(names),
@@ -177,6 +184,7 @@ def _base(path: Path) -> Inspection:
         family = family_in(folder, "auto")
         problems = [text for name, text in wrong.items() if name not in family.idle]
         geometry = geometry_of(folder, family)
+        check_stored_maps(folder, family, geometry)
         more_rows, more_facts = _sizes(folder, family, geometry, None)
         rows, facts = rows + more_rows, facts | more_facts
         if poor := distillation_of(folder, family, path.name):
@@ -184,6 +192,7 @@ def _base(path: Path) -> Inspection:
             facts["poor_start"] = poor
     except UserError as error:
         problems.append(str(error))
+    problems = list(dict.fromkeys(problems))
     facts["can_be_ported"] = not problems
     rows.append(("can be ported", "no" if problems else f"yes, as family {family.name}"))
     return Inspection("diffusers folder", _pipeline_name(folder), rows, facts, problems)

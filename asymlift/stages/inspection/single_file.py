@@ -37,11 +37,21 @@ UNKNOWN = "v1"  # diffusers' answer where nothing is known, unless these tensors
 OF_STABLE_DIFFUSION = "model.diffusion_model.input_blocks.0.0.weight"
 
 
-def portability_of(tensors: Mapping[str, TensorInfo]) -> tuple[list[tuple[str, str]], bool]:
-    """Rows for the reader, and whether a family is known; nothing for what is no transformer."""
-    same_names = [family for family in FAMILIES.values() if _has_names_of(family, tensors)]
+def portability_of(
+    tensors: Mapping[str, TensorInfo], class_name: object = None
+) -> tuple[list[tuple[str, str]], bool]:
+    """Rows for the reader, and whether a family is known; nothing for what is no transformer.
+
+    class_name is what a config.json beside the file says, if there is one.
+    """
+    same_names = [
+        family
+        for family in FAMILIES.values()
+        if class_name in (None, family.transformer) and _has_names_of(family, tensors)
+    ]
     if same_names:
-        return _rows(same_names, "tensors named as in diffusers"), True
+        how = "put it, with its config.json, into transformer/ beside the other parts of"
+        return _rows(same_names, "tensors named as in diffusers", how), True
     if any(name.endswith(CONDITIONER) for name in tensors):
         anima = FAMILIES["anima"]
         return [
@@ -56,7 +66,12 @@ def portability_of(tensors: Mapping[str, TensorInfo]) -> tuple[list[tuple[str, s
     if original is None:
         return [], False
     if ORIGINAL.get(original) in FAMILIES:
-        return _rows([FAMILIES[ORIGINAL[original]]], f"its authors' own format, {original}"), True
+        family = FAMILIES[ORIGINAL[original]]
+        how = (
+            f"load it with {family.transformer}.from_single_file(FILE, config=FOLDER/transformer), "
+            "and save_pretrained it beside the other parts of"
+        )
+        return _rows([family], f"its authors' own format, {original}", how), True
     return [
         ("format", original),
         ("can be ported", f"no: no family for {original}; see `asymlift families`"),
@@ -80,15 +95,8 @@ def _has_names_of(family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
     )
 
 
-def _rows(families: list[Family], how: str) -> list[tuple[str, str]]:
+def _rows(families: list[Family], kind: str, how: str) -> list[tuple[str, str]]:
     names = " or ".join(family.name for family in families)
     homes = (next(iter(family.checkpoints), f"a {family.pipelines[0]}") for family in families)
-    classes = " or ".join(dict.fromkeys(family.transformer for family in families))
-    return [
-        ("family", f"{names} ({how})"),
-        (
-            "can be ported",
-            f"yes, from a whole pipeline folder: load it with {classes}.from_single_file and "
-            f"save_pretrained it beside the other parts of {' or '.join(homes)}",
-        ),
-    ]
+    said = f"yes, from a whole pipeline folder: {how} {' or '.join(homes)}"
+    return [("family", f"{names} ({kind})"), ("can be ported", said)]

@@ -164,6 +164,8 @@ class Job:
         if use.text != "none":
             encoders = folder.text_fingerprint(has_encoder=family.has_text_encoder)
             if encoders is None:
+                for named in folder.text_nets:
+                    folder.folder(named)  # named, but not there: that is what has to be said
                 raise BadData(
                     f"{base}: has no text encoder; prepare.text: none leaves the embeddings out"
                 )

@@ -8,7 +8,7 @@ from asymlift.artifacts.safetensors_stream import TensorInfo
 from asymlift.families import FAMILIES
 from asymlift.stages.inspection.model import inspect_path
 from asymlift.stages.inspection.single_file import ORIGINAL, portability_of
-from tests.tiny import tiny_transformer
+from tests.tiny import tiny_transformer, write_pipeline
 
 # As the files of their authors have them; shapes where diffusers looks at them.
 AUTHORS = {
@@ -36,13 +36,19 @@ def test_weights_in_diffusers_names_are_recognised(name):
     rows, can_be_ported = portability_of(as_stored(shapes))
     said = dict(rows)
     assert can_be_ported and name in said["family"].partition(" (")[0].split(" or ")
-    assert "from_single_file" in said["can be ported"]
+    assert "put it, with its config.json, into transformer/ beside" in said["can be ported"]
+    alone, _ = portability_of(as_stored(shapes), FAMILIES[name].transformer)
+    shared = {family.name for family in FAMILIES.values()
+              if family.transformer == FAMILIES[name].transformer}  # fmt: skip
+    assert {*dict(alone)["family"].partition(" (")[0].split(" or ")} == shared
 
 
 @pytest.mark.parametrize("name", AUTHORS)
 def test_weights_in_their_authors_own_names_are_recognised(name):
     rows, can_be_ported = portability_of(as_stored(AUTHORS[name]))
-    assert can_be_ported and dict(rows)["family"].startswith(f"{name} (its authors' own format")
+    said = dict(rows)
+    assert can_be_ported and said["family"].startswith(f"{name} (its authors' own format")
+    assert f"{FAMILIES[name].transformer}.from_single_file(FILE, config=" in said["can be ported"]
 
 
 def test_a_transformer_that_two_pipelines_share_is_either_and_says_whose_parts_it_needs():
@@ -91,3 +97,20 @@ def test_every_format_that_we_name_is_one_that_diffusers_can_tell():
     from diffusers.loaders import single_file_utils
 
     assert ORIGINAL.keys() <= single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS.keys()
+
+
+def test_every_class_that_is_to_load_such_a_file_can():
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    assert {FAMILIES[name].transformer for name in ORIGINAL.values()} <= {
+        *SINGLE_FILE_LOADABLE_CLASSES
+    }
+
+
+def test_a_file_of_a_whole_pipeline_is_of_the_class_beside_it_and_part_of_that(tmp_path):
+    folder = write_pipeline(tmp_path / "model", "longcat")
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    said = dict(inspect_path(path).rows)
+    assert said["family"] == "longcat (tensors named as in diffusers)"
+    assert said["part of"] == f"the model in {folder}: give that folder"
+    assert inspect_path(folder / "model_index.json") == inspect_path(folder)

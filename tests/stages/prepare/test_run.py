@@ -692,6 +692,17 @@ def test_a_model_without_text_encoders_is_named(folder, tmp_path):
     assert run(check_recipe(values, "r")).num_samples == 20
 
 
+def test_a_text_encoder_that_is_named_but_not_there_is_what_is_said(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MODELS["tiny"], model, ignore=shutil.ignore_patterns("text_encoder"))
+    values = values_for(tmp_path, folder / "source")
+    values["model"]["base"] = str(model)
+    with pytest.raises(BadData, match="there is no text_encoder/ in this pipeline folder"):
+        run(check_recipe(values, "r"))
+    values["prepare"]["text"] = "none"
+    assert run(check_recipe(values, "r")).num_samples == 20
+
+
 def test_a_vae_that_makes_nan_is_named_with_the_picture(folder, tmp_path):
     recipe = recipe_for(tmp_path, folder / "source")
     job = prepare_job(recipe)
