@@ -23,6 +23,7 @@ from asymlift.families.base import (
     run_map,
     setting,
 )
+from asymlift.families.packing import grid_of
 from asymlift.families.text import encode_words, stack_text, words_of
 
 LENGTH = 256  # words that the pipeline pads a prompt to
@@ -37,7 +38,7 @@ def why_not_grid(config: Config, grid: Grid) -> str | None:
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
     q = net.config.patch_size
-    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    grid = grid_of(latent, q)
     check_grid("auraflow", grid, why_not_grid(net.config, grid))
     return run_map(net, latent, time, text)
 

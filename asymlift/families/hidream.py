@@ -26,6 +26,7 @@ from asymlift.families.base import (
     own_patches,
     setting,
 )
+from asymlift.families.packing import grid_of
 from asymlift.families.text import at_most, stack_text, stacked
 
 LENGTH = 128  # words that the pipeline pads a prompt to
@@ -44,7 +45,7 @@ def why_not_grid(config: Config, grid: Grid) -> str | None:
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
     q = net.config.patch_size
-    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    grid = grid_of(latent, q)
     check_grid("hidream", grid, why_not_grid(net.config, grid))
     layers = stacked(text, LLAMA)
     with _answering_pictures(net):

@@ -23,6 +23,7 @@ from asymlift.families.base import (
     plain_shift,
     setting,
 )
+from asymlift.families.packing import grid_of
 from asymlift.families.text import Sample, at_most, ragged_text, stack_text
 
 LENGTH = 512  # words of the longest prompt
@@ -43,7 +44,7 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass per sample. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
     q, device = net.patch_size[-1], latent.device
-    sides = (1, latent.shape[-2] // q, latent.shape[-1] // q)
+    sides = (1, *grid_of(latent, q))
     films = latent.permute(0, 2, 3, 1)[:, None, None]  # (B, 1, one frame, h q, w q, C)
     with _times_in_own_dtype(net):
         out = [

@@ -26,6 +26,7 @@ from asymlift.families.base import (
     run_map,
     setting,
 )
+from asymlift.families.packing import grid_of
 from asymlift.families.text import at_most, padded_text, stacked, words_of
 from asymlift.maths.guidance import Renorm
 
@@ -44,7 +45,7 @@ def why_not_grid(config: Config, grid: Grid) -> str | None:
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
     q, words = net.config.patch_size, stacked(text, "encoder_hidden_states").shape[1]
-    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    grid = grid_of(latent, q)
     check_grid("lumina2", grid, why_not_grid(net.config, grid))
     if words >= (most := net.config.axes_lens[0]):  # the picture stands right behind them
         raise BadData(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from asymlift.families.autoencoder_kl import decode_scaled, encode_scaled, vae_sizes
 from asymlift.families.base import Family, Geometry, Text, own_patches, plain_shift
+from asymlift.families.packing import grid_of
 from asymlift.families.text import padded_text, stacked, tokenizer_length, without_padding, words_of
 
 LENGTH, MULTIPLE = 256, 8  # words of the longest prompt; the pipeline pads to a multiple
@@ -26,7 +27,7 @@ SLOWEST = 10000.0  # the longest of the wave lengths of positions, over 2 pi
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, w q), time (B,) -> raw output, same shape."""
     q, usual = net.config.patch_size, net.config.sample_size  # latent cells of the usual side
-    h, w = latent.shape[-2] // q, latent.shape[-1] // q
+    h, w = grid_of(latent, q)
     stretch = math.sqrt(latent.shape[-2] * latent.shape[-1]) / usual
     words = stacked(text, WORDS)
     own = net.time_caption_embed.caption_embedder[0].weight.dtype  # the norm takes no other

@@ -26,6 +26,7 @@ from asymlift.families.base import (
     own_patches,
     plain_shift,
 )
+from asymlift.families.packing import grid_of
 from asymlift.families.text import stack_text, stacked
 
 NO_CLASS = -1  # the empty prompt; the class has a number for it, one after its last
@@ -39,7 +40,7 @@ def why_not_grid(config: Config, grid: Grid) -> str | None:
 def run(net: Any, latent: Tensor, time: Tensor, text: Text) -> Tensor:
     """One forward pass. latent (B, C, h q, h q), time (B,) -> raw output, same shape."""
     q = net.config.patch_size
-    grid = latent.shape[-2] // q, latent.shape[-1] // q
+    grid = grid_of(latent, q)
     check_grid("sit", grid, why_not_grid(net.config, grid))
     labels = stacked(text, "class_labels")
     for block in net.transformer_blocks:  # each would drop labels by itself while training

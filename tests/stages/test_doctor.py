@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +16,14 @@ import torch
 from rich.console import Console
 
 from asymlift.errors import BadData
+from asymlift.families import FAMILIES
 from asymlift.recipe import check_recipe
 from asymlift.runtime import torchvision_shim
 from asymlift.stages.doctor import machine as doctor_machine
 from asymlift.stages.doctor import packages as doctor_packages
 from asymlift.stages.doctor import recipe as doctor_recipe
 from asymlift.stages.doctor.check import Check
-from asymlift.stages.doctor.packages import package
+from asymlift.stages.doctor.packages import EXTRAS, package
 from asymlift.stages.doctor.table import as_json, examine, guarded, is_fit, render
 
 GIB = 2**30
@@ -342,3 +345,13 @@ def test_launcher(monkeypatch, variables, status, said):
     check = only(doctor_machine.launcher)
     assert check.status == status
     assert said in check.found
+
+
+def test_every_extra_that_is_named_to_users_exists():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    for name, (extra, _) in EXTRAS.items():
+        assert any(line.startswith(name) for line in extras[extra])
+    for family in FAMILIES.values():
+        for name, source in family.needs.items():
+            assert source == f"asymlift[{EXTRAS[name][0]}]"

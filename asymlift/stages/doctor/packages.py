@@ -48,7 +48,7 @@ EXTRAS = {  # package -> the extra that brings it, and what asks for it
     "tensorboard": ("tensorboard", "finetune.trackers: [tensorboard]"),
     "wandb": ("wandb", "finetune.trackers: [wandb]"),
     "pyarrow": ("parquet", "tables in .parquet"),
-    "ftfy": ("prx", "prompts of PRX"),
+    "ftfy": ("prompts", "prompts of Kandinsky 5 and PRX"),
 }
 
 
